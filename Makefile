@@ -1,0 +1,54 @@
+# `make` shows what can be done. Everything is made inside this checkout (.venv, .demo); remove it with `make clean`.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+SNAPSHOTS ?=
+SEED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-quick lint format lock clean
+
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## Create the virtual environment in .venv, from pinned and hashed requirements
+
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} found; expected 3.11 to 3.13: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	@# uv installs in half a minute what takes pip three; it is pinned and hashed like the rest
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.txt > .venv/uv.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: setup ## Run the whole loop on this machine: make demo [SNAPSHOTS=folder] [SEED=n]
+	$(BIN)/churn demo --seed $(SEED) $(if $(SNAPSHOTS),--snapshots $(SNAPSHOTS))
+
+serve: setup ## Serve what the demo promoted, until Ctrl-C
+	@test -f .demo/churn.db || { echo "nothing to serve yet: make demo"; exit 1; }
+	CHURN_HOME=.demo $(BIN)/churn serve
+
+test: setup ## Run all tests, two demos among them (about ten minutes on two cores)
+	$(BIN)/pytest
+
+test-quick: setup ## Run the tests without the demos
+	$(BIN)/pytest -m "not demo"
+
+lint: setup ## Run ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Put the code into the project's format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lock: setup ## Resolve requirements.in into requirements.txt anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	    --no-emit-index-url --no-emit-find-links requirements.in -o requirements.txt
+
+clean: ## Remove what make created in this checkout
+	rm -rf .venv .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""Take a bento's archive out of the database and extract it, believing nothing it says about itself.
+
+The checksum recorded when the bento was stored is checked before a byte is read as tar. Links, devices,
+names that leave the folder and archives beyond the limits are refused; what was extracted gets its name
+only when it is complete, so that a folder of that name can be served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import lzma
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bentos.churn.database import is_sqlite, open_postgres, open_sqlite, sqlite_path
+
+MAX_MEMBERS = 2_000
+MAX_BYTES = 2**30
+REQUIRED = (
+    "bento.yaml",
+    "src/bentos/churn/service.py",
+    "src/model/model.onnx",
+    "src/model/model.json",
+    "src/model/golden.json",
+)
+
+_XZ = b"\xfd7zXZ\x00"
+_MARK = ".sha256"  # written last: the folder is complete, and this is what it was made from
+
+
+class ArchiveError(ValueError):
+    """The archive is not the one that was stored, or not one of ours."""
+
+
+class BentoNotFound(LookupError):
+    """The database has no bento of this tag."""
+
+
+def extract(archive: bytes | Path, sha256: str, dest: Path) -> Path:
+    """`dest`, holding the extracted bento. One that is there already and complete is used again."""
+    if is_complete(dest, sha256):
+        return dest
+    data = archive if isinstance(archive, bytes) else archive.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ArchiveError(f"the archive has sha256 {found}, expected {sha256}")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dest.name}-", dir=dest.parent) as scratch:
+        fresh = Path(scratch) / "bento"
+        fresh.mkdir()
+        _unpack(data, fresh)
+        (fresh / _MARK).write_text(sha256)
+        if dest.exists() and not is_complete(dest, sha256):
+            dest.rename(Path(scratch) / "old")
+        try:
+            fresh.rename(dest)
+        except OSError:  # somebody else was faster
+            if not is_complete(dest, sha256):
+                raise
+    return dest
+
+
+def is_complete(folder: Path, sha256: str) -> bool:
+    """Whether `folder` was extracted, to the end, from the archive with this checksum."""
+    with contextlib.suppress(OSError):
+        return (folder / _MARK).read_text() == sha256 and all((folder / name).is_file() for name in REQUIRED)
+    return False
+
+
+def _unpack(data: bytes, folder: Path) -> None:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(_decompress(data)), mode="r:") as tar:
+            size = 0
+            for count, member in enumerate(tar, 1):
+                _check(member)
+                size += member.size
+                if count > MAX_MEMBERS or size > MAX_BYTES:
+                    raise ArchiveError(f"the archive has more than {MAX_MEMBERS:,} members or {MAX_BYTES:,} bytes")
+                tar.extract(member, folder, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, ArchiveError):
+            raise
+        raise ArchiveError(f"the archive cannot be read: {error}") from None
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if missing:
+        raise ArchiveError(f"the archive has no {', '.join(missing)}")
+
+
+def _decompress(data: bytes) -> bytes:
+    """The tar in a `.bento`, which is compressed by xz; never more than the limit is made of it."""
+    if not data.startswith(_XZ):
+        return data
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
+    tar = decompressor.decompress(data, max_length=MAX_BYTES + 1)
+    if len(tar) > MAX_BYTES:
+        raise ArchiveError(f"the archive has more than {MAX_BYTES:,} bytes")
+    if not decompressor.eof:
+        raise ArchiveError("the archive ends too early")
+    return tar
+
+
+def _check(member: tarfile.TarInfo) -> None:
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ArchiveError(f"{member.name!r} would be written outside the folder")
+    if not (member.isreg() or member.isdir()) or member.issparse():
+        raise ArchiveError(f"{member.name!r} is neither a file nor a folder")
+
+
+def fetch(database_url: str, tag: str, dest: Path) -> Path:
+    """`dest`, holding the bento of this tag out of table `bentos`; raises BentoNotFound or ArchiveError."""
+    read = _read_sqlite if is_sqlite(database_url) else _read_postgres
+    row = read(database_url, "SELECT sha256 FROM bentos WHERE tag = ?", tag)
+    if row is None:
+        raise BentoNotFound(f"the database has no bento {tag!r}")
+    sha256 = str(row[0])
+    if is_complete(dest, sha256):
+        return dest
+    row = read(database_url, "SELECT archive FROM bentos WHERE tag = ?", tag)
+    if row is None:
+        raise BentoNotFound(f"bento {tag!r} was deleted from the database while it was being fetched")
+    return extract(bytes(row[0]), sha256, dest)
+
+
+def _read_sqlite(url: str, query: str, tag: str) -> tuple[Any, ...] | None:
+    with contextlib.closing(open_sqlite(sqlite_path(url), mode="rw", timeout=10)) as connection:
+        return connection.execute(query, (tag,)).fetchone()  # type: ignore[no-any-return]
+
+
+def _read_postgres(url: str, query: str, tag: str) -> tuple[Any, ...] | None:
+    with open_postgres(url) as connection:
+        return connection.execute(query.replace("?", "%s"), (tag,)).fetchone()  # type: ignore[no-any-return]

@@ -1,0 +1,255 @@
+"""Everything a request must pass before it is read as one: the outermost layer, in front of BentoML's own.
+
+Method, path, content type, sizes and the time a body may take are judged here, a request counts as being
+under way only when all of it has arrived, and whatever comes back has one form: errors are
+`{"error", "detail", "request_id"}`, and every answer carries `X-Request-ID`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any, NamedTuple, Protocol
+
+from bentos.churn.requests import RequestError
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 2**20
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 * 2**10
+BODY_SECONDS = 1.0
+LINGER_SECONDS = 2.0  # how long, and
+LINGER_BYTES = 32 * 2**20  # how much of an unwanted body is read, so that its sender gets to see the answer
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = tuple[tuple[bytes, bytes], ...]
+
+JSON = b"application/json"
+
+
+class Answer(NamedTuple):
+    """An answer before its headers."""
+
+    status: int
+    body: bytes
+    headers: Headers = ()
+    content_type: bytes = JSON
+
+
+class Api(Protocol):
+    """What the guard stands in front of."""
+
+    draining: bool
+    max_concurrency: int
+    pages: dict[str, Callable[[], Answer]]  # what GET answers on the other paths
+
+    async def predict(self, body: bytes, request_id: str, source: str) -> Answer:
+        """Answer a complete body; RequestError for one that is not right."""
+
+    def count(self, status: int, seconds: float) -> None:
+        """Take note of an answered /predict."""
+
+
+class _Disconnected(Exception):
+    """Nobody waits for the answer."""
+
+
+def error(status: int, code: str, detail: str, request_id: str, headers: Headers = ()) -> Answer:
+    """The one form of an error."""
+    body = json.dumps({"error": code, "detail": detail, "request_id": request_id})
+    return Answer(status, body.encode(), headers)
+
+
+class Guard:
+    """An ASGI application that answers for `api`, and leaves `app` nothing but the lifespan."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], api: Api) -> None:
+        self._app = app
+        self._api = api
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        wire = _Wire(scope["headers"], receive)
+        try:
+            answer = await self._answer(scope, wire)
+        except RequestError as refused:
+            answer = error(refused.status, refused.code, refused.detail, wire.request_id, _extra(refused))
+        except _Disconnected:
+            return
+        except Exception:
+            log.exception("request %s failed", wire.request_id)
+            answer = error(500, "internal", "the service made a mistake; its log says which", wire.request_id)
+        if scope["path"] == "/predict":
+            self._api.count(answer.status, time.perf_counter() - started)
+        await wire.send(send, answer, close=self._api.draining)
+
+    async def _answer(self, scope: Scope, wire: _Wire) -> Answer:
+        if wire.header_count > MAX_HEADERS or wire.header_bytes > MAX_HEADER_BYTES:
+            raise RequestError(
+                431,
+                "headers_too_large",
+                f"expected at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES:,} bytes together, "
+                f"found {wire.header_count} of {wire.header_bytes:,}",
+            )
+        path, method = scope["path"], scope["method"]
+        if path != "/predict":
+            page = self._api.pages.get(path)
+            if page is None:
+                raise RequestError(404, "not_found", "there is nothing at this path; predictions are at /predict")
+            if method not in ("GET", "HEAD"):
+                raise _method_not_allowed(method, "GET, HEAD")
+            return page()
+        if method != "POST":
+            raise _method_not_allowed(method, "POST")
+        if not wire.is_json:
+            raise RequestError(415, "unsupported_media_type", "expected Content-Type: application/json")
+        body = await wire.body()
+        if self._under_way >= self._api.max_concurrency:
+            raise RequestError(429, "overloaded", f"{self._under_way} requests are under way; try again in a second")
+        self._under_way += 1
+        try:
+            return await self._api.predict(body, wire.request_id, wire.source)
+        finally:
+            self._under_way -= 1
+
+
+class _NotAllowed(RequestError):
+    """Says what is allowed in the header as well."""
+
+    allow = b""
+
+
+def _method_not_allowed(method: str, allow: str) -> RequestError:
+    refused = _NotAllowed(405, "method_not_allowed", f"expected {allow}, found {method[:20]}")
+    refused.allow = allow.encode()
+    return refused
+
+
+def _extra(refused: RequestError) -> Headers:
+    if isinstance(refused, _NotAllowed):
+        return ((b"allow", refused.allow),)
+    if refused.status in (429, 503):
+        return ((b"retry-after", b"1"),)
+    return ()
+
+
+class _Wire:
+    """One request as it arrives: its headers in one pass, its body under limits, and the way back."""
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> None:
+        self._receive = receive
+        self.request_id = ""
+        self.source = "client"
+        self.is_json = False
+        self.header_count = self.header_bytes = 0
+        self._length: int | None = None
+        self._unread = False  # a body was announced, and not all of it was read
+        self._stuck = False  # and waiting for the rest makes no sense
+        types = 0
+        for name, value in headers:
+            self.header_count += 1
+            self.header_bytes += len(name) + len(value)
+            if name == b"content-type":
+                types += 1
+                self.is_json = types == 1 and _is_json(value)
+            elif name == b"content-length":
+                self._length = int(value) if value.isdigit() and len(value) < 19 else MAX_BODY + 1
+                self._unread = self._length > 0
+            elif name == b"transfer-encoding":
+                self._unread = True
+            elif name == b"x-request-id":
+                if not self.request_id and 1 <= len(value) <= 128 and _is_visible(value):
+                    self.request_id = value.decode()
+            elif name == b"x-churn-source" and value == b"probe":
+                self.source = "probe"
+        if not self.request_id:
+            self.request_id = uuid.uuid4().hex
+
+    async def body(self) -> bytes:
+        """All of the body; RequestError if it is too large or too slow."""
+        if self._length is not None and self._length > MAX_BODY:
+            raise _too_large()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._next()
+                if not self._unread:
+                    return body
+                parts, size = [body], len(body)
+                while self._unread:
+                    if size > MAX_BODY:
+                        raise _too_large()
+                    parts.append(await self._next())
+                    size += len(parts[-1])
+        except TimeoutError:
+            self._stuck = True
+            raise RequestError(408, "body_timeout", f"the body did not arrive within {BODY_SECONDS:g} second") from None
+        if size > MAX_BODY:
+            raise _too_large()
+        return b"".join(parts)
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] != "http.request":
+            raise _Disconnected
+        self._unread = message.get("more_body", False)
+        return message.get("body", b"")  # type: ignore[no-any-return]
+
+    async def send(self, send: Send, answer: Answer, *, close: bool) -> None:
+        """Send the answer; with `close`, or with a body still on its way, it is the connection's last."""
+        headers = [
+            (b"content-type", answer.content_type),
+            (b"content-length", b"%d" % len(answer.body)),
+            (b"x-request-id", self.request_id.encode()),
+            *answer.headers,
+        ]
+        if close or self._unread:
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        if self._unread and not self._stuck:
+            await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+            await self._linger()
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await send({"type": "http.response.body", "body": answer.body})
+
+    async def _linger(self) -> None:
+        """Read on and throw away: closing now would reset the connection under the sender."""
+        seen = 0
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self._unread and seen < LINGER_BYTES:
+                    seen += len(await self._next())
+        except (TimeoutError, _Disconnected):
+            pass
+
+
+def _too_large() -> RequestError:
+    return RequestError(413, "too_large", f"expected a body of at most {MAX_BODY:,} bytes")
+
+
+def _is_json(value: bytes) -> bool:
+    kind, _, parameters = value.lower().partition(b";")
+    if kind.strip() != JSON:
+        return False
+    return parameters.strip().replace(b'"', b"") in (b"", b"charset=utf-8")
+
+
+def _is_visible(value: bytes) -> bool:
+    return all(0x21 <= byte <= 0x7E for byte in value)

@@ -1,0 +1,1 @@
+"""What Feast knows: columns, feature views and the feature service."""

@@ -1,0 +1,1 @@
+"""The jobs that keep the churn model alive: one module a job, then what they share."""

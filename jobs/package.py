@@ -1,0 +1,117 @@
+"""Bentos of registered versions: built once, from the registry and not from memory, kept in the database.
+
+The tag is known before anything is built: it names serving code, run and model file. An archive in the database
+lets a pod start, move or roll back while the model registry is down.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from bentos.churn import archive, packaging
+from jobs.database import bentos
+from jobs.registry import ModelRefused, ModelVersion, Registry
+from jobs.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Bento(NamedTuple):
+    """A stored archive, without its bytes."""
+
+    tag: str
+    model_version: int
+    run_id: str
+    built_at: datetime
+
+
+def bento_of(engine: sa.Engine, tag: str) -> Bento | None:
+    """The stored bento of that tag, or None."""
+    query = sa.select(bentos.c.tag, bentos.c.model_version, bentos.c.run_id, bentos.c.built_at).where(
+        bentos.c.tag == tag
+    )
+    with engine.connect() as connection:
+        row = connection.execute(query).first()
+    return Bento(*row) if row else None
+
+
+def expected_tag(version: ModelVersion) -> str:
+    """The tag that today's serving code makes of a version."""
+    return packaging.bento_tag(version.version, version.run_id, version.tags.get("model_sha256", ""))
+
+
+def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, version: ModelVersion) -> str:
+    """The tag of the version's bento, built and stored if it was not; raises ModelRefused if it must not be served."""
+    tag = expected_tag(version)
+    if bento_of(engine, tag):
+        return tag
+    import pandas as pd
+
+    from jobs.retrain import complete
+
+    log.info("building %s", tag)
+    model = registry.load_model(version)
+    plan: list[dict[str, Any]] = json.loads(registry.artifact(version.run_id, "features.json").read_text())
+    reference = pd.read_parquet(registry.artifact(version.run_id, "reference.parquet"))
+    try:
+        built = packaging.build(
+            model,
+            version=version.version,
+            run_id=version.run_id,
+            model_sha256=version.tags["model_sha256"],
+            trained_as_of=version.trained_as_of,
+            threshold=float(version.tags["threshold"]),
+            features=plan,
+            reference=complete(reference, plan),
+        )
+    except (packaging.ParityError, packaging.UnsafeModel) as error:
+        raise ModelRefused(f"version {version.version} cannot be packaged: {error}") from error
+    log.info(
+        "built %s: %d KB, parity %.1e on %d rows",
+        tag,
+        len(built.archive) // 1024,
+        built.parity,
+        len(reference),
+    )
+    with engine.begin() as connection:
+        connection.execute(bentos.delete().where(bentos.c.tag == tag))
+        connection.execute(
+            bentos.insert().values(
+                tag=tag,
+                model_version=version.version,
+                run_id=version.run_id,
+                sha256=built.sha256,
+                archive=built.archive,
+                built_at=datetime.now(UTC),
+            )
+        )
+    return tag
+
+
+def extracted(settings: Settings, tag: str) -> Path:
+    """The folder of that bento, fetched from the database and checked if it is not there yet."""
+    folder = settings.home.resolve() / "cache" / "bentos" / tag.replace(":", "-")
+    return archive.fetch(settings.database, tag, folder)
+
+
+def golden_row(settings: Settings, tag: str) -> tuple[dict[str, object], float]:
+    """One row of features with the score that was stored for it when the bento was built."""
+    golden = json.loads((extracted(settings, tag) / "src" / "model" / "golden.json").read_text())
+    middle = len(golden["rows"]) // 2
+    return golden["rows"][middle], float(golden["scores"][middle])
+
+
+def prune_bentos(engine: sa.Engine, *, keep: int, in_use: Collection[str]) -> None:
+    """Delete the oldest archives, but for `keep` of them and those in use."""
+    with engine.begin() as connection:
+        tags = connection.execute(sa.select(bentos.c.tag).order_by(bentos.c.built_at.desc())).scalars().all()
+        old = [tag for tag in tags[keep:] if tag not in in_use]
+        if old:
+            connection.execute(bentos.delete().where(bentos.c.tag.in_(old)))

@@ -1,0 +1,473 @@
+"""Make what is served follow the registry's `production` alias: run twice it does nothing the second time.
+
+The table `promotions` is the write-ahead record. A row is opened before anything changes, and every step after
+it sets a thing only where it differs, so that the run after a killed one walks the same steps and ends them.
+Deciding (`decide`) is pure; each act has its home: aliases and tags in `jobs.registry`, the served tag in
+`jobs.serving`, building in `jobs.package`. Looking takes well under a second and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+from jobs.database import connect
+from jobs.failpoints import failpoint
+from jobs.history import History, Pin, Promotion
+from jobs.lease import Held, lease
+from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, prune_bentos
+from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelRefused, ModelVersion, Registry, RegistryError
+from jobs.serving import LocalServing, ServedTagChanged, Serving
+from jobs.settings import Mode, Settings
+
+log = logging.getLogger(__name__)
+
+SPENT_TAGS = (
+    "promoted_at",
+    "rolled_back",
+    "promotion_failed",
+)  # a version with one is not promoted again unasked
+POLL = 0.1  # seconds between looks at a rollout
+GOLDEN_TOLERANCE = 1e-6
+
+Action = Literal["promote", "follow", "pin", "restore", "rebuild"]
+
+
+class PromotionFailed(RuntimeError):
+    """The promotion was undone; the message says why. `interrupted`: the world's fault, it is tried again."""
+
+    def __init__(self, reason: str, *, interrupted: bool = False) -> None:
+        super().__init__(reason)
+        self.interrupted = interrupted
+
+
+class _ModelFault(Exception):
+    """The model or its bento is at fault: it will not be tried again."""
+
+
+class _WorldFault(Exception):
+    """Something around it is at fault: try again later."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What `decide` looks at."""
+
+    mode: Mode
+    pin: Pin | None
+    aliases: dict[str, int]
+    served_tag: str | None
+    served_version: int | None  # of the served tag, where its archive is known
+    last: Promotion | None  # the last promotion that ended well
+    candidate: ModelVersion | None
+    expected_tag: str | None  # of the last promotion's version with today's serving code
+    rebuild_on_code_change: bool
+    retry_at: dict[int, datetime]  # versions whose last attempt was interrupted, and when to try again
+    failed_rebuild: str | None  # the tag whose rebuilding failed last; it is not tried again
+    now: datetime
+
+
+@dataclass(frozen=True)
+class Want:
+    """A change that should be made: to which version, by which rule, and why. `tag` is known for stored archives."""
+
+    action: Action
+    version: int
+    tag: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Nothing to change, and why."""
+
+    reason: str
+
+
+def decide(world: World) -> Want | Idle:
+    """What promotion should do now: the first rule of the design that applies."""
+    last, pin = world.last, world.pin
+    production = world.aliases.get(PRODUCTION)
+    if pin is not None:
+        if (
+            world.served_tag != pin.bento_tag
+            or last is None
+            or last.to_tag != pin.bento_tag
+            or production != pin.version
+        ):
+            return Want("pin", pin.version, pin.bento_tag, f"pinned by {pin.by}: {pin.reason}")
+        return Idle(f"pinned to {pin.bento_tag}: {pin.reason}")
+    if production is not None and (last is None or last.to_version != production):
+        if world.retry_at.get(production, world.now) > world.now:
+            return Idle(f"version {production} was interrupted; next try at {world.retry_at[production]:%H:%M:%S}")
+        return Want("follow", production, None, f"alias {PRODUCTION} was moved to version {production} by a hand")
+    if last is not None and last.to_tag is not None and world.served_tag != last.to_tag:
+        if world.served_tag is not None and world.served_version is not None:
+            return Want("pin", world.served_version, world.served_tag, "the served tag was changed by a hand")
+        return Want(
+            "restore",
+            last.to_version,
+            last.to_tag,
+            f"the served tag is {world.served_tag}, the record says {last.to_tag}",
+        )
+    if last is not None and production is None:
+        return Want(
+            "restore",
+            last.to_version,
+            last.to_tag,
+            f"alias {PRODUCTION} is gone, the record says version {last.to_version}",
+        )
+    idle = _candidate(world)
+    if isinstance(idle, Want):
+        return idle
+    if (
+        last is not None
+        and world.expected_tag not in (None, last.to_tag, world.failed_rebuild)
+        and world.rebuild_on_code_change
+        and world.mode != "off"
+    ):
+        return Want("rebuild", last.to_version, world.expected_tag, "the serving code has changed")
+    return idle
+
+
+def _candidate(world: World) -> Want | Idle:
+    candidate, first = world.candidate, world.aliases.get(PRODUCTION) is None
+    if candidate is None:
+        return Idle("no candidate" if not first else "no model yet: `churn retrain` trains one")
+    name = f"candidate {candidate.version}"
+    if candidate.version == world.aliases.get(PRODUCTION):
+        return Idle(f"version {candidate.version} is in production")
+    if not candidate.passed:
+        return Idle(f"{name} was refused by the gate: {candidate.tags.get('gate_reason', 'no reason recorded')}")
+    spent = [f"{tag}={candidate.tags[tag]}" for tag in SPENT_TAGS if tag in candidate.tags]
+    if spent:
+        return Idle(f"{name} is not tried again ({', '.join(spent)}); `churn approve {candidate.version}` allows it")
+    approved = "approved_by" in candidate.tags
+    if world.mode == "off" or (world.mode == "dryRun" and not first):
+        return Idle(f"{name} passed the gate; mode {world.mode} promotes nothing")
+    if world.mode == "manual" and not first and not approved:
+        return Idle(f"{name} passed the gate and waits for `churn approve {candidate.version}`")
+    if world.retry_at.get(candidate.version, world.now) > world.now:
+        return Idle(f"{name} was interrupted; next try at {world.retry_at[candidate.version]:%H:%M:%S}")
+    why = f"approved by {candidate.tags['approved_by']}" if approved else candidate.tags.get("gate_reason", "")
+    return Want("promote", candidate.version, None, why)
+
+
+@dataclass(frozen=True)
+class PromoteResult:
+    """`idle`, `promoted`, `rolled_back`, `held` (another works) or `dry_run`, and the sentence that goes with it."""
+
+    result: Literal["idle", "promoted", "rolled_back", "held", "dry_run"]
+    reason: str
+    served_tag: str | None = None
+    from_version: int | None = None
+    to_version: int | None = None
+
+
+class Promoter:
+    """One attempt to bring alias, served tag and record into line, for one release."""
+
+    def __init__(self, settings: Settings, serving: Serving | None = None, *, by: str = "promote") -> None:
+        self.settings = settings
+        self.serving: Serving = serving or LocalServing(settings)
+        self.registry = Registry(settings)
+        self.engine = connect(settings.database)
+        self.history = History(self.engine)
+        self.by = by
+
+    # ---- looking -----------------------------------------------------------------------------------------
+
+    def world(self) -> World:
+        """Everything `decide` needs; with a pin, a registry that does not answer is no obstacle."""
+        pin, last = self.history.pin(), self.history.last(good=True)
+        served_tag = self.serving.served_tag()
+        try:
+            aliases = self.registry.aliases()
+            number = aliases.get(CANDIDATE)
+            candidate = None if number is None else self.registry.version(number)
+            champion = None if last is None else self.registry.version(last.to_version)
+        except RegistryError:
+            if pin is None:
+                raise
+            log.warning("the model registry does not answer; the pin is followed without it")
+            aliases, candidate, champion = {PRODUCTION: pin.version}, None, None
+        archive = bento_of(self.engine, served_tag) if served_tag else None
+        before = self.history.last()
+        failed_rebuild = before.to_tag if before and (before.action, before.result) == ("rebuild", "failed") else None
+        return World(
+            mode=self.settings.promotion_mode,
+            pin=pin,
+            aliases=aliases,
+            served_tag=served_tag,
+            served_version=archive.model_version if archive else None,
+            last=last,
+            candidate=candidate,
+            expected_tag=None if champion is None else expected_tag(champion),
+            rebuild_on_code_change=self.settings.rebuild_on_code_change,
+            retry_at=self._retry_at(),
+            failed_rebuild=failed_rebuild,
+            now=datetime.now(UTC),
+        )
+
+    def _retry_at(self) -> dict[int, datetime]:
+        """Backoff: 1, 2, 4 … at most 60 minutes after the last of the interrupted attempts in a row."""
+        attempts = self.history.interruptions()
+        if not attempts or attempts[0].closed_at is None:
+            return {}
+        return {attempts[0].to_version: attempts[0].closed_at + timedelta(minutes=min(2 ** (len(attempts) - 1), 60))}
+
+    # ---- doing -------------------------------------------------------------------------------------------
+
+    def run(self, *, dry_run: bool = False, wait: float = 0.0) -> PromoteResult:
+        """Finish or undo what is open, then make the wanted change; raises PromotionFailed when it was undone."""
+        open_row = self.history.open_row()
+        if open_row is not None:
+            what = f"finish promotion {open_row.id} of version {open_row.to_version}"
+        else:
+            want = decide(self.world())
+            if isinstance(want, Idle):
+                return PromoteResult("idle", want.reason, self.serving.served_tag())
+            what = f"{want.action} version {want.version}: {want.reason}"
+        if dry_run:
+            return PromoteResult("dry_run", f"would {what}", self.serving.served_tag())
+        try:
+            with lease(self.settings.home.resolve() / "churn-promote.lock", wait=wait):
+                return self._work()
+        except Held as held:
+            return PromoteResult("held", str(held), self.serving.served_tag())
+
+    def _work(self) -> PromoteResult:
+        result: PromoteResult | None = None
+        open_row = self.history.open_row()  # looked at again: now nobody else writes
+        if open_row is not None:
+            log.info("promotion %d was left open (version %s); going on with it", open_row.id, open_row.to_version)
+            result = self._carry_out(open_row)
+        for _ in range(3):  # a pin set meanwhile, or an alias moved, is obeyed at once
+            want = decide(self.world())
+            if isinstance(want, Idle):
+                return result or PromoteResult("idle", want.reason, self.serving.served_tag())
+            result = self._carry_out(self._open(want))
+        return result or PromoteResult("idle", "nothing to do", self.serving.served_tag())
+
+    def _open(self, want: Want) -> Promotion:
+        if want.action == "pin" and self.history.pin() is None:  # somebody changed the tag itself
+            self.history.set_pin(Pin(want.version, str(want.tag), want.reason, self.by, datetime.now(UTC)))
+        last = self.history.last(good=True)
+        row = self.history.open(
+            now=datetime.now(UTC),
+            action=want.action,
+            from_version=last.to_version if last else None,
+            from_tag=last.to_tag if last else None,
+            to_version=want.version,
+            to_tag=want.tag,
+            reason=want.reason,
+            by=self.by,
+        )
+        log.info(
+            "promotion %d opened: %s version %s -> %s (%s)",
+            row.id,
+            want.action,
+            row.from_version,
+            want.version,
+            want.reason,
+        )
+        failpoint("promote.opened")
+        return row
+
+    def _carry_out(self, row: Promotion) -> PromoteResult:
+        try:
+            tag = self._to_tag(row)
+            failpoint("promote.built")
+            self._obey_pin(row, tag)
+            self._set_aliases(row)
+            self._set_served_tag(row, tag)
+            self._watch(row, tag)
+            failpoint("promote.settled")
+            self._probe(tag)
+            failpoint("promote.probed")
+        except _Yielded as yielded:
+            self._undo(row, "interrupted", str(yielded), restore_tag=False)
+            return PromoteResult("idle", str(yielded), self.serving.served_tag())
+        except (_ModelFault, ModelRefused) as fault:
+            self._undo(row, "failed", str(fault))
+            raise PromotionFailed(f"version {row.to_version} was not promoted: {fault}") from fault
+        except (_WorldFault, RegistryError, ServedTagChanged, OSError) as fault:
+            self._undo(row, "interrupted", str(fault))
+            raise PromotionFailed(
+                f"promotion of version {row.to_version} was interrupted: {fault}", interrupted=True
+            ) from fault
+        return self._close(row, tag)
+
+    def _to_tag(self, row: Promotion) -> str:
+        if row.to_tag and bento_of(self.engine, row.to_tag):
+            return row.to_tag
+        version = self.registry.version(row.to_version)
+        if version is None:
+            raise _ModelFault(f"the registry has no version {row.to_version}")
+        tag = ensure_bento(self.settings, self.engine, self.registry, version)
+        self.history.set_target(row, tag)
+        return tag
+
+    def _obey_pin(self, row: Promotion, tag: str) -> None:
+        pin = self.history.pin()
+        if pin is not None and pin.bento_tag != tag:
+            raise _Yielded(f"yields to the pin on {pin.bento_tag} by {pin.by}")
+
+    def _set_aliases(self, row: Promotion) -> None:
+        try:
+            aliases = self.registry.aliases()
+            before = aliases.get(PRODUCTION)
+            if before not in (row.from_version, row.to_version, None) and row.action != "pin":
+                raise _WorldFault(f"alias {PRODUCTION} was moved to version {before} meanwhile")
+            number = row.from_version if before in (None, row.to_version) else before
+            left = None if number in (None, row.to_version) else self.registry.version(number)
+            if left is not None:
+                self.registry.set_alias(PREVIOUS, left.version)
+                if row.action in ("pin", "follow"):
+                    self.registry.set_tags(left.version, {"rolled_back": f"{row.opened_at:%Y-%m-%dT%H:%M:%SZ}"})
+            failpoint("promote.previous_set")
+            self.registry.set_alias(PRODUCTION, row.to_version)
+            failpoint("promote.production_set")
+            if aliases.get(CANDIDATE) == row.to_version:
+                self.registry.drop_alias(CANDIDATE)
+            if row.action in ("promote", "follow"):
+                self.registry.set_tags(row.to_version, {"promoted_at": f"{row.opened_at:%Y-%m-%dT%H:%M:%SZ}"})
+            failpoint("promote.tagged")
+        except RegistryError as error:
+            if row.action != "pin":
+                raise
+            log.warning("aliases follow when the model registry answers again: %s", error)
+
+    def _set_served_tag(self, row: Promotion, tag: str) -> None:
+        served = self.serving.served_tag()
+        if served != tag:
+            if served not in (row.from_tag, None) and row.action not in ("pin", "restore"):
+                raise _WorldFault(f"the served tag was changed to {served} meanwhile")
+            log.info("served_tag %s -> %s", served, tag)
+            self.serving.set_served_tag(old=served, new=tag, fence=row.id, soak=timedelta(0))
+        failpoint("promote.patched")
+
+    def _watch(self, row: Promotion, tag: str) -> None:
+        """Wait until every pod serves the tag, or it is clear that none will."""
+        end = time.monotonic() + self.settings.promotion_deadline.total_seconds()
+        seen, next_look = "nothing", 0.0
+        while True:
+            rollout = self.serving.rollout()
+            if not rollout.running:
+                log.warning("nothing serves: %s will be served by the next `churn serve`", tag)
+                return
+            if rollout.served_tag != tag:
+                raise _WorldFault(f"the served tag was changed to {rollout.served_tag} meanwhile")
+            if rollout.failure:
+                raise _ModelFault(rollout.failure)
+            if rollout.settled:
+                return
+            seen = "; ".join(
+                f"{p.name} {p.bento_tag} {'ready' if p.ready else p.message or 'not ready'}" for p in rollout.pods
+            )
+            if time.monotonic() > end:
+                deadline = f"{self.settings.promotion_deadline.total_seconds():.0f} s"
+                raise _ModelFault(f"pods were not ready within {deadline}; last seen: {seen or 'no pods'}")
+            if time.monotonic() > next_look:
+                self._obey_pin(row, tag)
+                next_look = time.monotonic() + 1
+            time.sleep(POLL)
+
+    def _probe(self, tag: str) -> None:
+        """Ask each pod who it is, and the service for a golden row's score."""
+        rollout = self.serving.rollout()
+        if not rollout.running:
+            return
+        for pod in rollout.pods:
+            found = _ask(f"{pod.address}/info").get("bento_tag")
+            if found != tag:
+                raise _ModelFault(f"{pod.name} says it serves {found}; expected {tag}")
+        features, score = golden_row(self.settings, tag)
+        answer = _ask(f"{self.serving.url}/predict", {"features": features})
+        if answer.get("bento_tag") != tag or not abs(float(answer["churn_probability"]) - score) <= GOLDEN_TOLERANCE:
+            raise _ModelFault(
+                f"a golden row scored {answer.get('churn_probability')} by {answer.get('bento_tag')}; "
+                f"expected {score} by {tag}"
+            )
+
+    def _close(self, row: Promotion, tag: str) -> PromoteResult:
+        result: Literal["promoted", "rolled_back"] = "rolled_back" if row.action == "pin" else "promoted"
+        now = datetime.now(UTC)
+        try:
+            self.registry.set_tags(
+                row.to_version, {"bento_tag": tag, "served_since": now.isoformat(timespec="seconds")}
+            )
+        except RegistryError as error:
+            if row.action != "pin":
+                raise PromotionFailed(
+                    f"version {row.to_version} serves, but its tags could not be written: {error}",
+                    interrupted=True,
+                ) from error
+        self.history.close(row, now=now, result=result, reason=row.reason)
+        failpoint("promote.closed")
+        prune_bentos(self.engine, keep=self.settings.bentos_kept, in_use={tag, row.from_tag or tag})
+        log.info("result=%s served_tag=%s", result, tag)
+        return PromoteResult(result, row.reason, tag, row.from_version, row.to_version)
+
+    # ---- undoing -----------------------------------------------------------------------------------------
+
+    def _undo(self, row: Promotion, result: str, reason: str, *, restore_tag: bool = True) -> None:
+        """Put aliases and served tag back, if they are still ours, and close the row with the reason."""
+        log.error("promotion %d is undone (%s): %s", row.id, result, reason)
+        row = next(r for r in self.history.rows() if r.id == row.id)
+        served = self.serving.served_tag()
+        if restore_tag and served == row.to_tag and served is not None and row.from_tag != served:
+            self.serving.set_served_tag(old=served, new=row.from_tag, fence=row.id, soak=timedelta(0))
+        asked_by_hand = row.action == "follow" and result == "interrupted"  # the alias stays: it is tried again
+        if row.action == "pin" and result == "failed":
+            self.history.clear_pin()  # what cannot be served cannot be pinned
+        try:
+            ours = self.registry.aliases().get(PRODUCTION) == row.to_version and row.from_version != row.to_version
+            if ours and not asked_by_hand:
+                if row.from_version is None:
+                    self.registry.drop_alias(PRODUCTION)
+                else:
+                    self.registry.set_alias(PRODUCTION, row.from_version)
+            if row.action in ("promote", "follow") and self.registry.version(row.to_version) is not None:
+                failed = {"promotion_failed": reason[:4900]} if result == "failed" else {}
+                self.registry.set_tags(row.to_version, {"promoted_at": None, **failed})
+                if result == "interrupted" and row.action == "promote" and CANDIDATE not in self.registry.aliases():
+                    self.registry.set_alias(CANDIDATE, row.to_version)
+            if row.action in ("pin", "follow") and row.from_version is not None:
+                self.registry.set_tags(row.from_version, {"rolled_back": None})
+        except RegistryError as error:
+            raise PromotionFailed(f"{reason}; aliases could not be put back yet: {error}", interrupted=True) from error
+        self.history.close(row, now=datetime.now(UTC), result=result, reason=reason)
+
+
+class _Yielded(Exception):
+    """A pin set meanwhile has precedence."""
+
+
+def _ask(url: str, body: object = None) -> dict[str, Any]:
+    request = urllib.request.Request(
+        url,
+        headers={"Content-Type": "application/json", "X-Churn-Source": "probe"},
+        data=None if body is None else json.dumps(body).encode(),
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+    except urllib.error.HTTPError as error:
+        raise _ModelFault(f"{url} answered {error.code}: {error.read(300).decode('utf-8', 'replace')}") from error
+    except OSError as error:
+        raise _WorldFault(f"{url} did not answer: {error}") from error
+
+
+def promote(
+    settings: Settings, *, serving: Serving | None = None, dry_run: bool = False, by: str = "promote"
+) -> PromoteResult:
+    """Bring what is served into line with the registry, once; see Promoter."""
+    return Promoter(settings, serving, by=by).run(dry_run=dry_run)

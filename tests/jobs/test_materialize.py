@@ -1,0 +1,102 @@
+"""The online store holds the newest snapshot, again after it was wiped, and corrected data replaces the old."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from feature_repo.columns import POPULATION
+from jobs import dataset
+from jobs.materialize import SENTINEL, OnlineMismatch, materialize, online_as_of
+from jobs.settings import Settings
+from jobs.snapshots import Snapshots, instant
+from tests.jobs.conftest import FIRST, SECOND, settings_for
+
+
+def online_rows(settings: Settings) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of the online store, by table."""
+    with closing(sqlite3.connect(settings.online_store.removeprefix("sqlite:///"))) as connection:
+        names = [n for (n,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        query = 'SELECT entity_key, feature_name, value, event_ts FROM "{}" ORDER BY 1, 2'
+        return {name: connection.execute(query.format(name)).fetchall() for name in names}
+
+
+def execute(settings: Settings, sql: str) -> None:
+    with closing(sqlite3.connect(settings.online_store.removeprefix("sqlite:///"))) as connection:
+        connection.execute(sql)
+        connection.commit()
+
+
+def monthly_fee(settings: Settings, user: str) -> float:
+    store = dataset.feature_store(settings)
+    found = store.get_online_features(["subscriptions_profile:monthly_fee"], [{"user_id": user}]).to_dict()
+    return float(found["monthly_fee"][0])
+
+
+def test_the_story_of_a_store(home: Path) -> None:
+    """One store through a month's life, because each materialization costs seconds."""
+    settings = settings_for(home)
+    first = materialize(settings, as_of=instant(FIRST))
+    assert (first.result, first.full, first.users, first.compared) == ("materialized", True, 3000, 200)
+
+    second = materialize(settings, as_of=instant(SECOND))
+    assert (second.full, second.start) == (False, instant(FIRST)), "the window begins where the store ends"
+    rows = online_rows(settings)
+    again = materialize(settings, as_of=instant(SECOND))
+    assert again.result == "materialized"
+    assert online_rows(settings) == rows, "running it twice changes nothing"
+
+    older = materialize(settings, as_of=instant(FIRST))
+    assert older.result == "newer_online"
+    assert online_rows(settings) == rows, "an older snapshot does not replace a newer one"
+
+    snapshots = Snapshots(settings.snapshots)
+    user = str(snapshots.read(POPULATION, SECOND).index[0])
+    tables = {name: snapshots.read(name, SECOND) for name in snapshots.tables(SECOND)}
+    tables[POPULATION].loc[user, "monthly_fee"] = 77.25
+    snapshots.write(SECOND, tables, {})
+    materialize(settings, as_of=instant(SECOND))
+    assert monthly_fee(settings, user) == 77.25, "corrected data for the same day replaces the old"
+
+    execute(settings, f"DELETE FROM {settings.feast_project}_subscriptions_profile WHERE rowid % 2")
+    halved = materialize(settings, as_of=instant(SECOND))
+    assert halved.full, "half of the keys are gone: everything is written again"
+
+    Path(settings.online_store.removeprefix("sqlite:///")).unlink()
+    wiped = materialize(settings, as_of=instant(SECOND))
+    assert wiped.full
+    assert monthly_fee(settings, user) == 77.25, "a wiped store is filled again"
+    assert online_as_of(dataset.feature_store(settings)) == instant(SECOND)
+
+
+def test_dry_run_writes_nothing(home: Path) -> None:
+    settings = settings_for(home)
+    found = materialize(settings, as_of=instant(SECOND), dry_run=True)
+    assert (found.result, found.full) == ("dry_run", True)
+    assert online_as_of(dataset.feature_store(settings)) is None
+
+
+def test_a_difference_between_online_and_offline_is_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another value online than was written: named with its user, feature and both values."""
+    settings = settings_for(home)
+    truth = dataset.feature_frame
+
+    def other(settings: Settings, day: object) -> object:
+        return truth(settings, day).assign(monthly_fee=1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dataset, "feature_frame", other)
+    with pytest.raises(OnlineMismatch, match=r"monthly_fee of user .* online and .*1\.0.* offline; 200 of 200"):
+        materialize(settings, as_of=instant(SECOND))
+
+
+def test_without_a_snapshot_it_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(LookupError, match="no snapshot on or before 2024-01-31 was ingested; `churn ingest"):
+        materialize(settings_for(tmp_path), as_of=instant(FIRST))
+
+
+def test_the_sentinel_is_no_user() -> None:
+    """Ingest refuses ids that begin with two underscores, so that no user can be taken for the sentinel."""
+    assert SENTINEL.startswith("__")

@@ -1,0 +1,360 @@
+"""Deciding is a table; doing survives being killed after every step and undoes what went wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from jobs import failpoints
+from jobs.database import connect
+from jobs.history import History, Pin, Promotion
+from jobs.lease import lease
+from jobs.package import bento_of
+from jobs.pin import NothingToDo, approve, pin, rollback, unpin
+from jobs.promote import Idle, PromotionFailed, Want, World, decide, promote
+from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry
+from jobs.serving import LocalServing
+from jobs.settings import Settings
+from jobs.supervisor import as_environment
+from tests.jobs.conftest import Trained
+
+NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
+TAG_1, TAG_2 = "churn:v1-aaaaaaaa", "churn:v2-bbbbbbbb"
+
+
+def row(version: int, tag: str) -> Promotion:
+    return Promotion(version, NOW, NOW, "promote", None, None, version, tag, "promoted", "better", "promote")
+
+
+def version(number: int, **tags: str) -> ModelVersion:
+    return ModelVersion(number, f"run{number}", "", {"gate": "passed", "gate_reason": "better", **tags})
+
+
+SETTLED = World(
+    mode="auto",
+    pin=None,
+    aliases={PRODUCTION: 1},
+    served_tag=TAG_1,
+    served_version=1,
+    last=row(1, TAG_1),
+    candidate=None,
+    expected_tag=TAG_1,
+    rebuild_on_code_change=True,
+    retry_at={},
+    failed_rebuild=None,
+    now=NOW,
+)
+WITH_CANDIDATE = replace(SETTLED, aliases={PRODUCTION: 1, CANDIDATE: 2}, candidate=version(2))
+EMPTY = replace(SETTLED, aliases={}, served_tag=None, served_version=None, last=None, expected_tag=None)
+FIRST = replace(EMPTY, aliases={CANDIDATE: 1}, candidate=version(1))
+PIN = Pin(1, TAG_1, "doubts", "ada", NOW)
+
+
+@pytest.mark.parametrize(
+    ("world", "action", "to"),
+    [
+        pytest.param(WITH_CANDIDATE, "promote", 2, id="a candidate that passed"),
+        pytest.param(FIRST, "promote", 1, id="the first model"),
+        pytest.param(replace(FIRST, mode="manual"), "promote", 1, id="the first model in mode manual"),
+        pytest.param(replace(FIRST, mode="dryRun"), "promote", 1, id="the first model in mode dryRun"),
+        pytest.param(
+            replace(WITH_CANDIDATE, mode="manual", candidate=version(2, approved_by="ada")), "promote", 2, id="approved"
+        ),
+        pytest.param(replace(WITH_CANDIDATE, retry_at={2: NOW}), "promote", 2, id="interrupted, and its time has come"),
+        pytest.param(replace(SETTLED, aliases={PRODUCTION: 3}), "follow", 3, id="the alias was moved by a hand"),
+        pytest.param(replace(EMPTY, aliases={PRODUCTION: 3}), "follow", 3, id="the alias was set before any promotion"),
+        pytest.param(replace(SETTLED, mode="off", aliases={PRODUCTION: 3}), "follow", 3, id="alias moved, mode off"),
+        pytest.param(
+            replace(SETTLED, served_tag=TAG_2, served_version=2), "pin", 2, id="the tag was changed by a hand"
+        ),
+        pytest.param(
+            replace(SETTLED, served_tag=TAG_2, served_version=None), "restore", 1, id="to one that is unknown"
+        ),
+        pytest.param(replace(SETTLED, served_tag=None), "restore", 1, id="the served tag is gone"),
+        pytest.param(replace(SETTLED, aliases={}), "restore", 1, id="the alias is gone"),
+        pytest.param(replace(SETTLED, expected_tag="churn:v1-cccccccc"), "rebuild", 1, id="new serving code"),
+        pytest.param(replace(SETTLED, pin=replace(PIN, bento_tag=TAG_2, version=2)), "pin", 2, id="a pin on another"),
+        pytest.param(replace(SETTLED, pin=PIN, aliases={PRODUCTION: 2}), "pin", 1, id="the alias follows the pin"),
+    ],
+)
+def test_wanted(world: World, action: str, to: int) -> None:
+    found = decide(world)
+    assert isinstance(found, Want), found
+    assert (found.action, found.version) == (action, to)
+
+
+@pytest.mark.parametrize(
+    ("world", "says"),
+    [
+        pytest.param(SETTLED, "no candidate", id="settled"),
+        pytest.param(EMPTY, "`churn retrain` trains one", id="no model yet"),
+        pytest.param(replace(FIRST, mode="off"), "mode off", id="the first model in mode off"),
+        pytest.param(
+            replace(WITH_CANDIDATE, candidate=version(2, gate="refused", gate_reason="worse")), "worse", id="refused"
+        ),
+        pytest.param(replace(WITH_CANDIDATE, mode="manual"), "waits for `churn approve 2`", id="not approved"),
+        pytest.param(replace(WITH_CANDIDATE, mode="dryRun"), "mode dryRun", id="dryRun"),
+        pytest.param(replace(WITH_CANDIDATE, mode="off"), "mode off", id="off"),
+        pytest.param(
+            replace(WITH_CANDIDATE, candidate=version(2, promoted_at="x")), "not tried again", id="promoted before"
+        ),
+        pytest.param(
+            replace(WITH_CANDIDATE, candidate=version(2, rolled_back="x")), "not tried again", id="rolled back"
+        ),
+        pytest.param(
+            replace(WITH_CANDIDATE, candidate=version(2, promotion_failed="x")),
+            "`churn approve 2` allows",
+            id="failed before",
+        ),
+        pytest.param(
+            replace(WITH_CANDIDATE, retry_at={2: NOW + timedelta(minutes=2)}), "next try at 12:02:00", id="interrupted"
+        ),
+        pytest.param(
+            replace(SETTLED, aliases={PRODUCTION: 3}, retry_at={3: NOW + timedelta(minutes=2)}),
+            "next try",
+            id="hand, interrupted",
+        ),
+        pytest.param(replace(WITH_CANDIDATE, pin=PIN), "pinned to", id="pinned"),
+        pytest.param(
+            replace(SETTLED, expected_tag="churn:v1-cccccccc", rebuild_on_code_change=False),
+            "no candidate",
+            id="no rebuild",
+        ),
+        pytest.param(
+            replace(SETTLED, expected_tag="churn:v1-cccccccc", failed_rebuild="churn:v1-cccccccc"),
+            "no candidate",
+            id="rebuild failed",
+        ),
+    ],
+)
+def test_nothing_wanted(world: World, says: str) -> None:
+    found = decide(world)
+    assert isinstance(found, Idle), found
+    assert says in found.reason
+
+
+def state(settings: Settings) -> tuple[object, ...]:
+    """What must agree: aliases, served tag, the last row, and that none is open."""
+    history = History(connect(settings.database))
+    last = history.last(good=True)
+    assert history.open_row() is None
+    assert last is not None
+    aliases = Registry(settings).aliases()
+    assert (aliases[PRODUCTION], LocalServing(settings).served_tag()) == (last.to_version, last.to_tag)
+    return last.to_version, last.to_tag, aliases
+
+
+Copy = Callable[..., Settings]
+
+
+def test_promotes_the_candidate_and_then_does_nothing(promotable: Copy, trained: Trained) -> None:
+    settings = promotable()
+    assert promote(settings, dry_run=True).result == "dry_run"
+    assert promote(settings).to_version == 2
+    assert state(settings) == (2, trained.second_tag, {PRODUCTION: 2, PREVIOUS: 1})
+    tags = Registry(settings).version(2).tags  # type: ignore[union-attr]
+    assert tags["bento_tag"] == trained.second_tag
+    assert {"promoted_at", "served_since"} <= set(tags)
+    rows = len(History(connect(settings.database)).rows())
+    assert promote(settings).result == "idle"
+    assert len(History(connect(settings.database)).rows()) == rows
+
+
+STEPS = [step for step in failpoints.STEPS if step.startswith("promote.")]
+
+
+def churn(settings: Settings, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        env={**os.environ, **as_environment(settings), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step not in ("promote.settled", "promote.probed")])
+def test_killed_after_a_step_the_next_run_ends_it(promotable: Copy, trained: Trained, step: str) -> None:
+    """One row per promotion, alias and served tag equal, whatever the step. (Steps that need pods: test_loop.)"""
+    settings = promotable()
+    killed = churn(settings, "promote", CHURN_FAILPOINT=f"{step}=exit")
+    assert killed.returncode == 137, killed.stderr
+    again = promote(settings)
+    assert again.result == ("idle" if step == "promote.closed" else "promoted")
+    assert state(settings) == (2, trained.second_tag, {PRODUCTION: 2, PREVIOUS: 1})
+    assert [r.to_version for r in History(connect(settings.database)).rows()] == [2, 1]
+
+
+def test_alias_moved_by_a_hand_is_followed(promotable: Copy, trained: Trained) -> None:
+    settings = promotable()
+    promote(settings)
+    Registry(settings).set_alias(PRODUCTION, 1)
+    assert promote(settings).to_version == 1
+    assert state(settings)[:2] == (1, trained.first_tag)
+    assert "rolled_back" in Registry(settings).version(2).tags  # type: ignore[union-attr]
+    assert promote(settings).result == "idle"
+
+
+def test_alias_moved_to_a_version_that_does_not_exist(promotable: Copy, trained: Trained) -> None:
+    """The served tag stays, the alias is put back, and the reason is in the history."""
+    settings = promotable(promotion_mode="off")
+    import sqlite3
+
+    with sqlite3.connect(settings.home / "mlflow.db") as connection:
+        connection.execute("UPDATE registered_model_aliases SET version = 99 WHERE alias = 'production'")
+    with pytest.raises(PromotionFailed, match="registry has no version 99"):
+        promote(settings)
+    assert state(settings)[:2] == (1, trained.first_tag)
+    last = History(connect(settings.database)).last()
+    assert last is not None and (last.result, last.to_version) == ("failed", 99)
+
+
+def test_model_that_changed_in_the_registry_is_refused(promotable: Copy, trained: Trained) -> None:
+    """One byte of the registered file differs, and the bento is not built yet: nothing changes, and it is marked."""
+    settings = promotable()
+    engine = connect(settings.database)
+    from jobs.database import bentos
+
+    with engine.begin() as connection:
+        connection.execute(bentos.delete().where(bentos.c.tag == trained.second_tag))
+    registry = Registry(settings)
+    registry.set_tags(2, {"model_sha256": "0" * 64})
+    with pytest.raises(PromotionFailed, match="the model's sha256 is"):
+        promote(settings)
+    assert state(settings) == (1, trained.first_tag, {PRODUCTION: 1, CANDIDATE: 2})
+    assert "sha256" in registry.version(2).tags["promotion_failed"]  # type: ignore[union-attr]
+    assert "not tried again" in promote(settings).reason
+
+
+def test_rollback_stays_until_unpinned_and_what_was_left_does_not_return(promotable: Copy, trained: Trained) -> None:
+    settings = promotable()
+    promote(settings)
+    assert rollback(settings, reason="doubts", by="ada", dry_run=True).result == "dry_run"
+    result = rollback(settings, reason="doubts", by="ada")
+    assert (result.result, result.to_version) == ("rolled_back", 1)
+    assert state(settings)[:2] == (1, trained.first_tag)
+    approve(settings, 2, by="bob", reason="it was the data")
+    assert "pinned" in promote(settings).reason
+    ended = unpin(settings)
+    assert ended is not None and ended.reason == "doubts"
+    assert promote(settings).to_version == 2, "approved after the rollback, free since unpin"
+    assert unpin(settings) is None
+
+
+def test_rollback_works_while_the_registry_is_down(promotable: Copy, trained: Trained) -> None:
+    """Aliases follow when it answers again."""
+    settings = promotable()
+    promote(settings)
+    down = promotable(mlflow_url="http://127.0.0.1:9")
+    assert rollback(down, reason="doubts", by="ada").result == "rolled_back"
+    assert LocalServing(settings).served_tag() == trained.first_tag
+    assert Registry(settings).aliases()[PRODUCTION] == 2
+    assert promote(settings).result == "rolled_back"
+    assert state(settings)[:2] == (1, trained.first_tag)
+
+
+def test_registry_down_changes_nothing_and_says_so(promotable: Copy, trained: Trained) -> None:
+    down = promotable(mlflow_url="http://127.0.0.1:9")
+    with pytest.raises(RuntimeError, match="MLflow did not answer"):
+        promote(down)
+    assert state(promotable())[:2] == (1, trained.first_tag)
+
+
+def test_second_rollback_target_is_named(promotable: Copy) -> None:
+    settings = promotable()
+    with pytest.raises(NothingToDo, match="no other version was served before"):
+        rollback(settings, reason="", by="ada")
+    with pytest.raises(NothingToDo, match="no bento of version 7 is stored; there are 1, 2"):
+        rollback(settings, to=7, reason="", by="ada")
+
+
+def test_pin_holds_a_candidate_back(promotable: Copy, trained: Trained) -> None:
+    settings = promotable()
+    assert pin(settings, reason="audit", by="ada").result == "idle"
+    assert "pinned" in promote(settings).reason
+    unpin(settings)
+    assert promote(settings).to_version == 2
+
+
+def test_another_holder_is_named_and_is_success(promotable: Copy) -> None:
+    settings = promotable()
+    with lease(settings.home.resolve() / "churn-promote.lock"):
+        result = promote(settings)
+    assert (result.result, str(os.getpid()) in result.reason) == ("held", True)
+
+
+def test_served_tag_changed_by_a_hand_is_pinned(promotable: Copy, trained: Trained) -> None:
+    settings = promotable(promotion_mode="off")
+    serving = LocalServing(settings)
+    serving.set_served_tag(old=trained.first_tag, new=trained.second_tag, fence=serving.fence(), soak=timedelta(0))
+    assert promote(settings).to_version == 2
+    found = History(connect(settings.database)).pin()
+    assert found is not None and found.bento_tag == trained.second_tag
+    assert state(settings)[:2] == (2, trained.second_tag)
+
+
+def test_approve_refuses_what_the_gate_refused(promotable: Copy) -> None:
+    settings = promotable()
+    Registry(settings).set_tags(2, {"gate": "refused", "gate_reason": "worse"})
+    with pytest.raises(NothingToDo, match="the gate refused version 2: worse"):
+        approve(settings, 2, by="ada", reason="")
+
+
+def test_old_archives_are_deleted_but_not_those_in_use(promotable: Copy, trained: Trained) -> None:
+    from jobs.database import bentos
+
+    settings = promotable(bentos_kept=2)
+    engine = connect(settings.database)
+    with engine.begin() as connection:
+        for number in range(5):
+            connection.execute(
+                bentos.insert().values(
+                    tag=f"churn:v{number}-00000000",
+                    model_version=number,
+                    run_id="",
+                    sha256="",
+                    archive=b"",
+                    built_at=NOW - timedelta(days=1000 - number),
+                )
+            )
+    promote(settings)
+    assert bento_of(engine, trained.first_tag)
+    assert bento_of(engine, trained.second_tag)
+    assert not bento_of(engine, "churn:v0-00000000")
+
+
+def test_looking_imports_nothing_heavy(promotable: Copy) -> None:
+    """Which is what keeps `churn promote`, run each minute, under a second of CPU."""
+    settings = promotable(promotion_mode="off")
+    code = (
+        "import sys, time; sys.argv = ['churn', 'promote']\n"
+        "from jobs.cli import app\n"
+        "try: app()\n"
+        "except SystemExit as e: assert not e.code, e\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & "
+        "{'mlflow', 'feast', 'bentoml', 'sklearn', 'pandas', 'evidently', 'numpy', 'alembic'}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **as_environment(settings)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_folder_of_the_home_may_hold_spaces(tmp_path: Path) -> None:
+    from tests.jobs.conftest import settings_for
+
+    settings = settings_for(tmp_path / "a home with spaces")
+    assert "no model yet" in promote(settings).reason
