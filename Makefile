@@ -6,7 +6,7 @@ SNAPSHOTS ?=
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-quick lint format lock clean
+.PHONY: help setup demo serve test test-quick bench lint format lock clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +30,14 @@ serve: setup ## Serve what the demo promoted, until Ctrl-C
 	@test -f .demo/churn.db || { echo "nothing to serve yet: make demo"; exit 1; }
 	CHURN_HOME=.demo $(BIN)/churn serve
 
-test: setup ## Run all tests, two demos among them (about ten minutes on two cores)
+test: setup ## Run all tests, three demos among them (15 minutes on two cores)
 	$(BIN)/pytest
 
 test-quick: setup ## Run the tests without the demos
 	$(BIN)/pytest -m "not demo"
+
+bench: setup ## Measure what the commands cost
+	@$(BIN)/python -W ignore -m tests.bench.commands
 
 lint: setup ## Run ruff and mypy
 	$(BIN)/ruff check .
