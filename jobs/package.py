@@ -70,6 +70,7 @@ def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, vers
             threshold=float(version.tags["threshold"]),
             features=plan,
             reference=complete(reference, plan),
+            golden=pd.read_parquet(registry.artifact(version.run_id, "golden.parquet")),
         )
     except (packaging.ParityError, packaging.UnsafeModel) as error:
         raise ModelRefused(f"version {version.version} cannot be packaged: {error}") from error

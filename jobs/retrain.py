@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from bentos.churn import packaging
 from jobs import database, dataset, evaluation, gate
 from jobs.candidates import Selection, select
 from jobs.failpoints import failpoint
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from jobs.dataset import Feature, TrainingSet
 
 log = logging.getLogger(__name__)
+
+GOLDEN_ROWS = 50  # reproduced by every process before it is ready
 
 # settings that make another model or another verdict of the same data
 TRAINING_SETTINGS = (
@@ -313,8 +316,8 @@ def _training_run(
     importance = evaluation.permutation_importance(
         selection.model, candidate.frame, candidate.target, seed=settings.seed
     )
-    parquet = io.BytesIO()
-    reference.to_parquet(parquet)
+    rows = complete(reference, candidate.plan)
+    golden = packaging.spread(rows, selection.model.predict_proba(rows)[:, 1], GOLDEN_ROWS)
     version_tags = {
         "gate": "passed" if verdict.passed else "refused",
         "gate_reason": verdict.reason[:4900],
@@ -351,11 +354,18 @@ def _training_run(
         "gate.json": evaluation.as_json(asdict(verdict)),
         "reliability.json": evaluation.as_json(evaluation.reliability_bins(candidate.target, candidate.scores)),
         "importance.json": evaluation.as_json(importance),
-        "reference.parquet": parquet.getvalue(),
+        "reference.parquet": _parquet(reference),
+        "golden.parquet": _parquet(golden),
         "requirements.lock": "\n".join(sorted(f"{d.name}=={d.version}" for d in metadata.distributions())).encode(),
         **evaluation.plots(candidate.target, scores, selection.threshold, importance),
     }
     return TrainingRun(parameters, logged, files, selection.model, candidate.frame, version_tags, f"retrain-{day}")
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer)
+    return buffer.getvalue()
 
 
 def _settings_fingerprint(settings: Settings) -> str:

@@ -188,12 +188,14 @@ def build(
     threshold: float,
     features: Sequence[Mapping[str, Any]],
     reference: pd.DataFrame,
+    golden: pd.DataFrame | None = None,
     golden_rows: int = 50,
 ) -> Built:
     """The bento of a registered model version; ParityError if it would not score as the pipeline does.
 
     `features` are the model's columns in their order, as in `model.Feature`; `reference` is the feature
-    frame of the snapshot trained on, in the form the pipeline takes.
+    frame of the snapshot trained on, in the form the pipeline takes; `golden` are the rows that serving
+    reproduces before it is ready, by default `golden_rows` of the reference, spread over the scores.
     """
     import numpy as np
 
@@ -230,19 +232,27 @@ def build(
         "bento_tag": tag,
         "features": [dict(feature) for feature in features],
     }
-    archive = _bento(tag, about, onnx, _golden(plan, reference, scores, golden_rows))
+    if golden is None:
+        golden = spread(reference, scores, golden_rows)
+    archive = _bento(tag, about, onnx, _golden(plan, golden, _score(onnx, _encode(plan, golden))))
     return Built(tag, archive, hashlib.sha256(archive).hexdigest(), onnx_sha256, difference)
 
 
-def _golden(plan: model.Plan, frame: pd.DataFrame, scores: NDArray[np.float32], count: int) -> dict[str, Any]:
-    """Rows spread evenly over the scores, from the lowest to the highest, with what ONNX gave for them."""
+def spread(frame: pd.DataFrame, scores: NDArray[Any], count: int) -> pd.DataFrame:
+    """Rows spread evenly over the scores, from the lowest to the highest."""
     import numpy as np
 
     order = np.argsort(scores, kind="stable")
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int))]
-    columns = [frame[name].iloc[chosen].tolist() for name in plan.names]
+    places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int))
+    chosen: pd.DataFrame = frame.iloc[order[places]]
+    return chosen
+
+
+def _golden(plan: model.Plan, frame: pd.DataFrame, scores: NDArray[np.float32]) -> dict[str, Any]:
+    """Each row as serving sees it, with what ONNX gave for it."""
+    columns = [frame[name].tolist() for name in plan.names]  # Python's own numbers, as requests have them
     rows = [plan.complete(dict(zip(plan.names, values, strict=True))) for values in zip(*columns, strict=True)]
-    return {"rows": rows, "scores": [float(scores[i]) for i in chosen]}
+    return {"rows": rows, "scores": [float(score) for score in scores]}
 
 
 def _bento(tag: str, about: dict[str, Any], onnx: bytes, golden: dict[str, Any]) -> bytes:

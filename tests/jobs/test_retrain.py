@@ -90,6 +90,7 @@ def test_the_run_holds_what_the_design_lists(trained: Trained) -> None:
         "gate.json",
         "reliability.json",
         "reference.parquet",
+        "golden.parquet",
         "requirements.lock",
         "plots",
     } <= names

@@ -33,9 +33,10 @@ import pytest
 
 from bentos.churn.archive import ArchiveError, BentoNotFound
 from jobs.balancer import Balancer, Target
+from jobs.pod import MARK
 from jobs.serving import LocalServing, Rollout
 from jobs.settings import Settings
-from jobs.supervisor import MARK, SupervisorProcess, as_environment, serve, start_supervisor, stop_supervisor
+from jobs.supervisor import SupervisorProcess, as_environment, serve, start_supervisor, stop_supervisor
 
 if TYPE_CHECKING:
     from bentos.churn.packaging import Built
