@@ -1,4 +1,4 @@
-# `make` shows what can be done. Everything is made inside this checkout (.venv, .demo); remove it with `make clean`.
+# `make` shows what can be done. Everything is made inside this checkout (.venv, .churn); remove it with `make clean`.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ SNAPSHOTS ?=
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-quick bench lint format lock clean
+.PHONY: help setup demo stop serve test test-quick bench lint format lock clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,11 +24,14 @@ setup: .venv/.installed ## Create the virtual environment in .venv, from pinned 
 	@touch $@
 
 demo: setup ## Run the whole loop on this machine: make demo [SNAPSHOTS=folder] [SEED=n]
-	$(BIN)/churn demo --seed $(SEED) $(if $(SNAPSHOTS),--snapshots $(SNAPSHOTS))
+	$(BIN)/churn demo --seed $(SEED) $(if $(SNAPSHOTS),--snapshots "$(SNAPSHOTS)")
 
-serve: setup ## Serve what the demo promoted, until Ctrl-C
-	@test -f .demo/churn.db || { echo "nothing to serve yet: make demo"; exit 1; }
-	CHURN_HOME=.demo $(BIN)/churn serve
+stop: setup ## Stop what the demo left running
+	@$(BIN)/churn stop
+
+serve: setup ## Serve what the demo left in production, until Ctrl-C
+	@test -f .churn/churn.db || { echo "nothing to serve yet: make demo"; exit 1; }
+	$(BIN)/churn serve
 
 test: setup ## Run all tests, three demos among them (15 minutes on two cores)
 	$(BIN)/pytest
@@ -52,6 +55,7 @@ lock: setup ## Resolve requirements.in into requirements.txt anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	    --no-emit-index-url --no-emit-find-links requirements.in -o requirements.txt
 
-clean: ## Remove what make created in this checkout
-	rm -rf .venv .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+clean: ## Remove what make created in this checkout, a demo and its data included
+	@test ! -x $(BIN)/churn || $(BIN)/churn stop
+	rm -rf .venv .churn .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

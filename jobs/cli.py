@@ -319,6 +319,15 @@ def unpin() -> None:
 
 
 @app.command()
+def adopt(by: By = USER) -> None:
+    """Go on from what serves, after the database was restored from an older backup."""
+    with _job(False) as settings:
+        from jobs.pin import adopt as run
+
+        typer.echo(f"adopted {run(settings, by=by)}")
+
+
+@app.command()
 def serve() -> None:
     """Serve what promotion wants on this machine, in the foreground, until Ctrl-C."""
     with _job(False) as settings:
@@ -380,20 +389,27 @@ def demo(
     snapshots: Annotated[
         Path | None, typer.Option(help="Folder with two monthly snapshots; default: simulated ones.")
     ] = None,
-    home: Annotated[Path, typer.Option(help="Folder for everything the demo makes; an older one is replaced.")] = Path(
-        ".demo"
-    ),
+    home: Annotated[
+        Path, typer.Option(help="Folder for everything the demo makes; an older demo in it is replaced.")
+    ] = Path(".churn"),
     seed: int = 0,
-    keep_serving: Annotated[
-        bool, typer.Option("--keep-serving", help="Serve on until Ctrl-C when the story is told.")
-    ] = False,
+    keep: Annotated[bool, typer.Option(help="Leave the API and MLflow's page running at the end.")] = True,
 ) -> None:
     """The whole loop in minutes: train, serve, drift, retrain, promote, roll back, with a clock it moves itself."""
     with _job(False):
         from jobs.demo import run
 
         logging.getLogger("jobs").setLevel(logging.ERROR)  # the story says it
-        run(home, snapshots=snapshots, seed=seed, keep_serving=keep_serving)
+        run(home, snapshots=snapshots, seed=seed, keep=keep)
+
+
+@app.command()
+def stop() -> None:
+    """Stop `churn serve` and the MLflow page that a demo left running."""
+    with _job(False) as settings:
+        from jobs.background import stop as run
+
+        typer.echo("\n".join(f"stopped {what}" for what in run(settings)) or "nothing was running")
 
 
 def main() -> None:

@@ -8,6 +8,10 @@ The service writes `predictions` itself, without SQLAlchemy: see `bentos.churn.s
 from __future__ import annotations
 
 import functools
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
+from bentos.churn.database import POSTGRES_PARAMETERS, is_sqlite
+
 REVISION = "0001"
+LOCK_SECONDS = 30  # for another process to finish writing (SQLite) or migrating
+STATEMENT_SECONDS = 300  # Postgres ends a statement of a job after this
 
 metadata = MetaData()
 
@@ -168,31 +176,54 @@ retrains = Table(
 )
 
 
+class DatabaseError(RuntimeError):
+    """The database did not let us work with it, or is not one of ours; names it, without its password."""
+
+
 def connect(url: str) -> sa.Engine:
-    """An engine on our tables, made or upgraded first if need be; raises if the database is newer than this code."""
+    """An engine on our tables, made or upgraded first if need be; raises DatabaseError.
+
+    A database that is newer than this code is refused, and so is one that another program keeps its tables in.
+    """
     engine = _engine(url)
-    with engine.connect() as connection:
-        try:
-            stored = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-        except sa.exc.DatabaseError:
-            stored = None
+    stored = _revision(engine)
     if stored != REVISION:
+        if stored is not None and not re.fullmatch(r"\d{4}", stored):
+            raise DatabaseError(f"{redact(url)} holds the tables of another program (at its revision {stored})")
         if stored is not None and stored > REVISION:
-            raise RuntimeError(
+            raise DatabaseError(
                 f"{redact(url)} has revision {stored}, this release knows {REVISION}; use a newer release"
             )
         upgrade(url)
     return engine
 
 
+def _revision(engine: sa.Engine) -> str | None:
+    """The revision of the tables that are there; None if there are none."""
+    try:
+        with engine.connect() as connection:  # which rolls back, however this ends
+            stored: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+            return stored
+    except sa.exc.DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == "42P01" or "no such table" in str(error.orig):
+            return None
+        raise _unusable(engine.url, error) from error
+
+
+def _unusable(url: sa.URL, error: sa.exc.DBAPIError) -> DatabaseError:
+    said = " ".join(str(error.orig).split())
+    return DatabaseError(f"{url.render_as_string(hide_password=True)} cannot be used: {said}")
+
+
 @functools.lru_cache(maxsize=8)
 def _engine(url: str) -> sa.Engine:
-    parsed = sa.engine.make_url(url)
+    parsed = _parsed(url)
     if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, connect_args={"timeout": 30})
+        engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=_postgres_arguments(parsed))
+        sa.event.listen(engine, "connect", _limit_statements)
+        return engine
+    _make_folder(parsed)
+    engine = sa.create_engine(parsed, connect_args={"timeout": LOCK_SECONDS})
 
     @sa.event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _: Any) -> None:
@@ -202,18 +233,88 @@ def _engine(url: str) -> sa.Engine:
     return engine
 
 
+def _parsed(url: str) -> sa.URL:
+    if not is_sqlite(url):
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    try:
+        parsed = sa.engine.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        parsed = None
+    if parsed is None or "@" in (parsed.host or ""):  # the libraries' own words may repeat a part of the password
+        raise DatabaseError(
+            "the database's URL cannot be read; expected postgresql+psycopg://user:password@host:5432/database, "
+            "special characters of the password as in https://en.wikipedia.org/wiki/Percent-encoding"
+        ) from None
+    return parsed
+
+
+def _make_folder(url: sa.URL) -> None:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _postgres_arguments(url: sa.URL) -> dict[str, str]:
+    arguments = {**POSTGRES_PARAMETERS, "application_name": "churn-jobs"}
+    return {name: value for name, value in arguments.items() if name not in url.query}
+
+
+def _limit_statements(connection: Any, _: Any) -> None:
+    connection.autocommit = True
+    connection.execute(f"SET statement_timeout = '{STATEMENT_SECONDS}s'")
+    connection.autocommit = False
+
+
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the tables to a revision, with Alembic."""
+    """Bring the tables to a revision, with Alembic; of several processes at once one does, the others wait."""
     from alembic import command
+
+    _migrate(url, command.upgrade, revision)
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Bring the tables back to an earlier revision; `base` drops them, with everything in them."""
+    from alembic import command
+
+    _migrate(url, command.downgrade, revision)
+
+
+def _migrate(url: str, command: Callable[[Any, str], None], revision: str) -> None:
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    config.attributes["url"] = url
-    command.upgrade(config, revision)
+    with _transaction(url) as connection:  # Alembic reads the stored revision when nobody else migrates
+        config.attributes["connection"] = connection
+        command(config, revision)
+
+
+@contextmanager
+def _transaction(url: str) -> Iterator[sa.Connection]:
+    """One transaction on a connection of its own, in which no other process migrates this database."""
+    parsed = _parsed(url)
+    if parsed.get_backend_name() == "sqlite":
+        _make_folder(parsed)
+        # isolation_level: else Python begins a transaction when it sees fit, which is not before DDL
+        engine = sa.create_engine(
+            parsed, poolclass=sa.NullPool, connect_args={"timeout": LOCK_SECONDS, "isolation_level": None}
+        )
+        lock = ["BEGIN IMMEDIATE"]
+    else:
+        engine = sa.create_engine(parsed, poolclass=sa.NullPool, connect_args=_postgres_arguments(parsed))
+        lock = [f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'", f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"]
+    try:
+        with engine.begin() as connection:
+            for statement in lock:
+                connection.exec_driver_sql(statement)
+            yield connection
+    except sa.exc.DBAPIError as error:
+        raise _unusable(parsed, error) from error
+
+
+_MIGRATION_LOCK = zlib.crc32(b"churn migrations")
 
 
 def redact(url: str) -> str:
     """The URL without its password, fit for a log."""
-    return sa.engine.make_url(url).render_as_string(hide_password=True)
+    return _parsed(url).render_as_string(hide_password=True)

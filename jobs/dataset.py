@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from bentos.churn.redis_client import Address
 from feature_repo.columns import ENTITY, LABEL, POPULATION
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots, instant
@@ -54,17 +55,42 @@ def feature_store(settings: Settings) -> FeatureStore:
     from feast import FeatureStore, RepoConfig
 
     template = Template(settings.feature_store_yaml.read_text(encoding="utf-8"))
-    filled = template.substitute(
-        feast_project=settings.feast_project,
-        feast_registry=settings.feast_registry,
-        online_path=settings.online_store.removeprefix("sqlite:///"),
-        online_store=settings.online_store,
-    )
+    values = {
+        "feast_project": settings.feast_project,
+        "feast_registry": settings.feast_registry,
+        "online_store": online_store(settings.online_store),
+    }
+    filled = template.substitute({name: json.dumps(value) for name, value in values.items()})  # JSON is YAML
     settings.home.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(config=RepoConfig(**yaml.safe_load(filled), repo_path=settings.home.resolve()))
     if not _applied(store, _definitions(settings)):
         apply(settings, store)
     return store
+
+
+def online_store(url: str) -> dict[str, Any]:
+    """Feast's section `online_store` for the store at this URL, which is what the service is given, too."""
+    if url.startswith("sqlite:///"):
+        return {"type": "sqlite", "path": url.removeprefix("sqlite:///")}
+    if not url.startswith(("redis://", "rediss://")):
+        raise ValueError(f"{url.split('://', 1)[0]}:// is no online store; expected sqlite:///, redis:// or rediss://")
+    address = Address.from_url(url)
+    options: dict[str, Any] = {"db": address.db, "socket_connect_timeout": 5, "socket_timeout": 60}
+    if address.username:
+        options["username"] = address.username
+    if address.password:
+        options["password"] = address.password
+    if address.tls:
+        options["ssl"] = True
+    if address.ca_file:
+        options["ssl_ca_certs"] = address.ca_file
+    # Feast splits at commas and reads what follows a = as JSON, so that a password of digits would be a number
+    texts = [f"{name}={json.dumps(value).replace(',', chr(92) + 'u002c')}" for name, value in options.items()]
+    return {
+        "type": "redis",
+        "connection_string": ",".join([f"{address.host}:{address.port}", *texts]),
+        "skip_dedup": True,  # else corrected rows of an instant that is there already would be ignored
+    }
 
 
 def _definitions(settings: Settings) -> Definitions:
@@ -170,7 +196,7 @@ def labels(settings: Settings, day: date) -> pd.Series:
 
 def known_at(settings: Settings, day: date) -> datetime:
     """The instant at which the labels of that day's snapshot are known, whatever files lie in the folder."""
-    return instant(day + settings.label_horizon)
+    return instant(day) + settings.label_horizon
 
 
 @dataclass(frozen=True)
@@ -180,6 +206,7 @@ class TrainingSet:
     days: tuple[date, ...]
     features: pd.DataFrame  # indexed by user_id
     labels: pd.Series  # bool, same rows
+    rows: tuple[int, ...]  # of each snapshot, in the order of `days`
     without_required: int  # users left out, because a feature without default was missing
 
     @property
@@ -201,19 +228,21 @@ def training_days(settings: Settings, as_of: datetime) -> tuple[date, ...]:
 def training_set(settings: Settings, days: Sequence[date]) -> TrainingSet:
     """The training set of these snapshots, joined point in time: no feature row later than a row's snapshot."""
     plan = features(settings)
-    frames, targets = [], []
+    frames, targets, rows = [], [], []
+    required = [feature.name for feature in plan if feature.default is None]
     for day in days:
         frame = feature_frame(settings, day)
         known = labels(settings, day)
         both = frame.index.intersection(known.index)
-        frames.append(frame.loc[both])
-        targets.append(known.loc[both])
-    frame, target = pd.concat(frames), pd.concat(targets)
-    required = [feature.name for feature in plan if feature.default is None]
-    complete = frame[required].notna().all(axis=1).to_numpy()
-    if not complete.all():
-        log.warning("left out %d of %d users: a feature without default is missing", (~complete).sum(), len(frame))
-    return TrainingSet(tuple(days), frame[complete], target[complete], int((~complete).sum()))
+        complete = both[frame.loc[both, required].notna().all(axis=1)]
+        if len(complete) < len(both):
+            left_out = len(both) - len(complete)
+            log.warning("%s: left out %d of %d users, a feature without default is missing", day, left_out, len(both))
+        frames.append(frame.loc[complete])
+        targets.append(known.loc[complete])
+        rows.append((len(both), len(complete)))
+    without = sum(before - after for before, after in rows)
+    return TrainingSet(tuple(days), pd.concat(frames), pd.concat(targets), tuple(n for _, n in rows), without)
 
 
 def in_holdout(user_ids: Iterable[str], *, salt: str, share: float) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from feature_repo.columns import POPULATION
+from jobs.lease import Held, lease
 from jobs.settings import Settings, load_settings
 from jobs.snapshots import Snapshots, as_day, instant
 
@@ -91,7 +93,8 @@ class Story:
         self.settings = settings
         self.console = console
         self.clock = instant(FIRST)
-        self.facts: dict[str, Any] = {}
+        self.url = ""
+        self.facts: dict[str, Any] = {"versions_served": [], "client": {"sent": 0, "failed": 0}}
 
     def at(self, day: date, title: str) -> None:
         """Move the clock."""
@@ -115,6 +118,16 @@ class Story:
         if not statement:
             raise StoryFailed(f"as of {self.clock:%Y-%m-%d}: expected {expected}; found {found}")
 
+    def asked(self, client: Client) -> None:
+        """Add what a client saw."""
+        counted = self.facts["client"]
+        counted["sent"] += sum(client.answers.values()) + len(client.failures)
+        counted["failed"] += len(client.failures)
+        served = self.facts["versions_served"]
+        for version in (client.order[:1] + client.order[-1:]) if client.order else []:
+            if served[-1:] != [version]:
+                served.append(version)
+
     def status(self, **expected: Any) -> dict[str, Any]:
         """`churn status`, which must agree with these entries."""
         from jobs.status import status
@@ -125,69 +138,117 @@ class Story:
         return found
 
 
-def run(home: Path, *, snapshots: Path | None, seed: int, keep_serving: bool = False) -> dict[str, Any]:
-    """Tell the story below `home`; returns (and writes to summary.json) the figures. Raises StoryFailed."""
+def run(home: Path, *, snapshots: Path | None, seed: int, keep: bool = True) -> dict[str, Any]:
+    """Tell the story below `home`; returns (and writes to demo.json) what was seen. Raises StoryFailed.
+
+    With `keep` the service and MLflow's page stay running in the background when it has ended well.
+    """
+    from jobs.background import free_port, start_mlflow_page, stop, wait_for
     from jobs.supervisor import start_supervisor
 
-    console = Console()
-    home = _fresh(home.resolve())
-    story = Story(load_settings(home=home, serve_port=0, seed=seed, drift_n=1, drift_k=1), console)
-    began = time.monotonic()
-    first, second = _deliveries(story, snapshots, seed)
-    story.settings = story.settings.model_copy(update={"serve_as_of": second[0] + timedelta(days=1)})
-    with start_supervisor(story.settings) as supervisor:
-        story.facts["url"] = supervisor.url
-        _first_model(story, first, second)
-        _drift_without_labels(story, second[0])
-        _labels_arrive(story, first[0], second)
-        _worse_model_is_refused(story)
-        _roll_back(story)
-        _score(story)
-        if keep_serving:
-            console.print(f"Serving at {supervisor.url} until Ctrl-C.")
-            with _until_interrupted():
-                threading.Event().wait()
-    _count_predictions(story)  # now that the service has stopped, every answer must be in the log
-    story.facts["seconds"] = round(time.monotonic() - began)
-    (home / "summary.json").write_text(json.dumps(story.facts, indent=1))
-    _summary(story)
+    console, home = Console(), home.resolve()
+    with _alone(home), _ended_by_signals():
+        if snapshots is not None:
+            _folders(snapshots, home)
+        _clear(home, console)
+        settings = load_settings(home=home, serve_port=free_port(3000), seed=seed, drift_n=1, drift_k=1)
+        story = Story(settings, console)
+        began = time.monotonic()
+        first, second = _deliveries(story, snapshots, seed)
+        story.settings = settings.model_copy(update={"serve_as_of": second[0] + timedelta(days=1)})
+        try:
+            story.url = start_supervisor(story.settings).url
+            _first_model(story, first, second)
+            page = start_mlflow_page(story.settings) if keep else None
+            _drift_without_labels(story, second[0])
+            _labels_arrive(story, first[0], second)
+            _worse_model_is_refused(story)
+            _roll_back(story)
+            _score(story)
+            _count_predictions(story)
+            story.facts["seconds"] = round(time.monotonic() - began)
+            (home / "demo.json").write_text(json.dumps(story.facts, indent=1))
+            _summary(story)
+            if page is None:
+                stop(story.settings)
+            else:
+                slow = "" if wait_for(page) else " (still starting)"
+                console.print(
+                    f"Still running:\n  API           {story.url}/predict\n  MLflow        {page}{slow}\n"
+                    "  stop it with  make stop", highlight=False, soft_wrap=True,
+                )  # fmt: skip
+        except BaseException:
+            stop(story.settings)
+            raise
     return story.facts
 
 
 @contextmanager
-def _until_interrupted() -> Iterator[None]:
+def _alone(home: Path) -> Iterator[None]:
+    """One demo at a time in a folder: the next would pull it from under the first."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with lease(home.parent / f".{home.name.lstrip('.')}.demo.lock"):
+            yield
+    except Held as held:
+        raise RuntimeError(f"another demo works in {home} ({held}); name another folder with --home") from None
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end it as Ctrl-C does, so that nothing is left running."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
-    except KeyboardInterrupt:
-        return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _fresh(home: Path) -> Path:
+def _clear(home: Path, console: Console) -> None:
+    """An empty folder; an earlier demo in it is stopped and removed, anything else is left alone."""
+    from jobs.background import stop
+
     if home.exists():
         if not (home / MARK).exists() and any(home.iterdir()):
             raise FileExistsError(f"{home} holds other things than a demo; name another folder with --home")
+        for stopped in stop(load_settings(home=home)):
+            console.print(f"stopped {stopped} of an earlier demo", highlight=False)
         shutil.rmtree(home)
     home.mkdir(parents=True)
     (home / MARK).touch()
-    return home
 
 
-def _deliveries(story: Story, source: Path | None, seed: int) -> tuple[tuple[date, Path], tuple[date, Path]]:
-    """The folders of the first two snapshots: those given, or simulated ones."""
-    if source is None:
-        from jobs.simulate import simulate
-
-        source = story.settings.home / "simulated"
-        with story.step(f"simulate two months of {USERS} users, seed {seed}"):
-            simulate(
-                source, users=USERS, months=2, start=FIRST, seed=seed, feature_drift_month=1, concept_drift_month=1
-            )
+def _folders(source: Path, home: Path) -> tuple[Path, Path]:
+    """The first two sub-folders, which must be there before an earlier demo is removed, and must survive that."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder; expected one with a sub-folder for each monthly snapshot")
+    if source.resolve().is_relative_to(home):
+        raise ValueError(f"{source} lies in {home}, which a demo empties; copy it elsewhere first")
     folders = sorted(path for path in source.iterdir() if path.is_dir())
     if len(folders) < 2:
         raise FileNotFoundError(f"{source} has {len(folders)} sub-folders; expected two monthly snapshots")
-    dated = [as_day(folder.name) for folder in folders[:2]]
-    days = dated if all(dated) else [FIRST, date(2024, 2, 29)]
-    return (days[0] or FIRST, folders[0]), (days[1] or FIRST, folders[1])
+    return folders[0], folders[1]
+
+
+def _deliveries(story: Story, source: Path | None, seed: int) -> tuple[tuple[date, Path], tuple[date, Path]]:
+    """The folders of the first two snapshots with their days: those given, or simulated ones."""
+    if source is None:
+        from jobs.simulate import simulate
+
+        with story.step(f"simulate two months of {USERS} users, seed {seed}"):
+            first, second = simulate(
+                story.settings.home / "simulated", users=USERS, months=2, start=FIRST, seed=seed,
+                feature_drift_month=1, concept_drift_month=1,
+            )  # fmt: skip
+    else:
+        first, second = _folders(source, story.settings.home)
+    days = as_day(first.name), as_day(second.name)
+    return (days[0] or FIRST, first), (days[1] or date(2024, 2, 29), second)
 
 
 def _ingest(story: Story, day: date, folder: Path, *, only: str = "all") -> str:
@@ -222,17 +283,18 @@ def _first_model(story: Story, first: tuple[date, Path], second: tuple[date, Pat
         say(f"version {trained.version}, {trained.algorithm}, gate {trained.gate}: {trained.reason}")
     story.expect((trained.version, trained.gate) == (1, "passed"), "version 1 to pass the gate", trained)
     story.expect(trained.trained_on == (first[0],), f"training on {first[0]}", trained.trained_on)
-    story.facts["auc_version_1"] = trained.metrics["auc"]
+    story.facts["first_auc"] = trained.metrics["auc"]
     story.expect(0.75 <= trained.metrics["auc"] <= 0.9, "AUC from 0.75 to 0.9", trained.metrics["auc"])
     with story.step("promote: build a bento, serve it") as say:
         promoted = promote(settings)
         say(f"{promoted.served_tag} {promoted.result}")
     users = _users(story, second[0])
-    answer = httpx.post(f"{story.facts['url']}/predict", json={"user_id": users[0]}, timeout=10)
+    answer = httpx.post(f"{story.url}/predict", json={"user_id": users[0]}, timeout=10)
     story.expect(
         answer.status_code == 200 and answer.json()["model_version"] == 1, "an answer of version 1", answer.text
     )
-    story.facts["answers"] = 1
+    story.facts["client"]["sent"] += 1
+    story.facts["versions_served"].append(1)
     story.console.print_json(answer.text)
     story.status(production=1, candidate=None, served_tag=promoted.served_tag, pinned=None)
 
@@ -266,6 +328,7 @@ def _drift_without_labels(story: Story, second: date) -> None:
     waiting = drift.started
     story.console.print(f"  retrain answers: {waiting.result}, {waiting.reason}", highlight=False, soft_wrap=True)
     known = instant(second + story.settings.label_horizon)
+    story.facts["waiting_until"] = known.date().isoformat()
     story.expect(
         (waiting.result, waiting.known_at) == ("waiting_for_labels", known), f"to wait until {known:%Y-%m-%d}", waiting
     )
@@ -289,28 +352,23 @@ def _labels_arrive(story: Story, first: date, second: tuple[date, Path]) -> None
     story.expect(
         trained is not None and trained.result == "registered", "a candidate to be registered", trained or drift
     )
-    story.facts["realised_auc_version_1"] = drift.realised_auc
-    story.facts["auc_version_2"] = trained.metrics["auc"]
-    story.facts["champion_auc_on_the_same_users"] = trained.metrics["champion_auc"]
+    story.facts["realised_auc"] = drift.realised_auc
+    story.facts["candidate_auc"] = trained.metrics["auc"]
+    story.facts["champion_auc"] = trained.metrics["champion_auc"]
     story.console.print(
         f"  version {trained.version}: gate {trained.gate}, {trained.reason}", highlight=False, soft_wrap=True
     )
     story.expect(
         trained.gate == "passed" and trained.trained_on == (day,), f"version 2, trained on {day}, to pass", trained
     )
-    with Client(story.facts["url"], _users(story, day)) as client:
+    with Client(story.url, _users(story, day)) as client:
         _wait(lambda: client.answers[1] >= 50, "50 answers of version 1", lambda: client)
         with story.step("promote, while a client asks") as say:
             promoted = promote(story.settings)
             _wait(lambda: client.answers[2] >= 50, "50 answers of version 2", lambda: client)
             say(f"{promoted.served_tag} {promoted.result}")
     asked = sum(client.answers.values())
-    story.facts["answers"] += asked
-    story.facts["promotion"] = {
-        "asked": asked,
-        "refused": len(client.failures),
-        "longest_ms": round(client.longest * 1000),
-    }
+    story.asked(client)
     story.console.print(
         f"  {asked} answers, {len(client.failures)} refused, the longest took {client.longest * 1000:.0f} ms; "
         f"model_version {client.order[0]} → {client.order[-1]}",
@@ -353,7 +411,7 @@ def _roll_back(story: Story) -> None:
     from jobs.promote import promote
 
     story.console.print("\n[bold]Somebody doubts version 2[/]")
-    with Client(story.facts["url"], _users(story, Snapshots(story.settings.snapshots).days()[-1])) as client:
+    with Client(story.url, _users(story, Snapshots(story.settings.snapshots).days()[-1])) as client:
         _wait(lambda: client.answers[2] >= 20, "answers of version 2", lambda: client)
         began = time.monotonic()
         with story.step("roll back") as say:
@@ -362,7 +420,7 @@ def _roll_back(story: Story) -> None:
             say(f"{result.served_tag} serves again")
         story.facts["rollback_seconds"] = round(time.monotonic() - began, 1)
         again = promote(story.settings)
-    story.facts["answers"] += sum(client.answers.values())
+    story.asked(client)
     story.expect(not client.failures, "no request to be refused", client.failures[:3])
     story.expect(again.result == "idle" and "pinned" in again.reason, "promotion to respect the pin", again)
     found = story.status(production=1, served_tag=result.served_tag)
@@ -388,11 +446,17 @@ def _count_predictions(story: Story) -> None:
     from jobs.database import connect, predictions
 
     query = sa.select(sa.func.count()).where(predictions.c.source == "client")
-    with connect(story.settings.database).connect() as connection:
-        logged = connection.execute(query).scalar_one()
-    story.facts["predictions_logged"] = logged
-    answers = story.facts["answers"]
-    story.expect(logged == answers, f"each of {answers} answers in the log, once", logged)
+    engine = connect(story.settings.database)
+
+    def logged() -> int:
+        with engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    counted = story.facts["client"]
+    answers = counted["sent"] - counted["failed"]
+    _wait(lambda: logged() >= answers, f"{answers} answers in the log", logged)
+    story.facts["predictions_logged"] = logged()
+    story.expect(logged() == answers, f"each of {answers} answers in the log, once", logged())
 
 
 def _summary(story: Story) -> None:
@@ -401,23 +465,20 @@ def _summary(story: Story) -> None:
     table.add_column("")
     table.add_column("figure", justify="right")
     for name, value in (
-        ("version 1, AUC on users it never saw", f"{facts['auc_version_1']:.3f}"),
+        ("version 1, AUC on users it never saw", f"{facts['first_auc']:.3f}"),
         ("drifted columns", ", ".join(facts["drift"]["columns"])),
-        ("version 1, a month later", f"{facts['realised_auc_version_1']:.3f}"),
-        ("version 2 on the same users", f"{facts['auc_version_2']:.3f}"),
-        ("answers while version 2 took over", str(facts["promotion"]["asked"])),
-        ("of these refused", str(facts["promotion"]["refused"])),
+        ("version 1, a month later", f"{facts['champion_auc']:.3f}"),
+        ("version 2 on the same users", f"{facts['candidate_auc']:.3f}"),
+        ("versions served", " → ".join(map(str, facts["versions_served"]))),
+        ("requests, and of these refused", f"{facts['client']['sent']}, {facts['client']['failed']}"),
+        ("answers in the log", str(facts["predictions_logged"])),
         ("seconds to roll back", str(facts["rollback_seconds"])),
-        ("answers in all, and in the log", f"{facts['answers']}, {facts['predictions_logged']}"),
     ):
         table.add_row(name, value)
     story.console.print()
     story.console.print(table)
-    home = settings.home
     story.console.print(
-        f"Look at: churn.db (predictions, promotions), scores/ (call list) below {home}\n"
-        f"  CHURN_HOME={home} churn status      and: churn history, churn serve\n"
-        f"  mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}    runs, models, drift reports",
-        highlight=False,
-        soft_wrap=True,
-    )
+        f"Look at {settings.home}: churn.db (predictions, promotions), scores/ (call list), demo.json\n"
+        f"  CHURN_HOME={settings.home} churn status      and: churn history",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

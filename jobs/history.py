@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from jobs.database import pins, promotions
 
@@ -108,6 +109,23 @@ class History:
         assert identity is not None  # noqa: S101  an insert of one row has one
         return self._rows(sa.select(promotions).where(promotions.c.id == identity[0]))[0]
 
+    def adopt(self, *, fence: int, now: datetime, version: int, tag: str, reason: str, by: str) -> None:
+        """Note as promotion number `fence` + 1 what serves, after a backup older than it was restored."""
+        values = {"from_version": version, "from_tag": tag, "to_version": version, "to_tag": tag, "by": by}
+        row = {
+            "id": fence + 1,
+            "opened_at": now,
+            "closed_at": now,
+            "action": "adopt",
+            "result": "promoted",
+            "reason": reason,
+        }
+        with self.engine.begin() as connection:
+            connection.execute(promotions.insert().values(**row, **values))
+            if self.engine.dialect.name == "postgresql":  # a number that was given does not move the sequence
+                sequence = sa.func.pg_get_serial_sequence("promotions", "id")
+                connection.execute(sa.select(sa.func.setval(sequence, fence + 1)))
+
     def set_target(self, row: Promotion, tag: str) -> None:
         """Note the tag that an open row leads to, once it is known."""
         with self.engine.begin() as connection:
@@ -135,9 +153,11 @@ class History:
             "by": pin.by,
             "pinned_at": pin.pinned_at,
         }
-        with self.engine.begin() as connection:
-            connection.execute(pins.delete())
-            connection.execute(pins.insert().values(id=1, **values))
+        insert = (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(pins)
+        with self.engine.begin() as connection:  # one statement: two who pin at once do not get in each other's way
+            connection.execute(
+                insert.values(id=1, **values).on_conflict_do_update(index_elements=[pins.c.id], set_=values)
+            )
 
     def clear_pin(self) -> None:
         """Unpin."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,8 +73,11 @@ def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, vers
             reference=complete(reference, plan),
             golden=pd.read_parquet(registry.artifact(version.run_id, "golden.parquet")),
         )
-    except (packaging.ParityError, packaging.UnsafeModel) as error:
-        raise ModelRefused(f"version {version.version} cannot be packaged: {error}") from error
+    except (OSError, subprocess.SubprocessError):
+        raise  # a full disk, a build that hangs: not the model's fault
+    except Exception as error:  # parity, an unsafe operator, or whatever the converter says of a model it cannot take
+        said = " ".join(str(error).split())[:500]
+        raise ModelRefused(f"version {version.version} cannot be packaged: {said}") from error
     log.info(
         "built %s: %d KB, parity %.1e on %d rows",
         tag,

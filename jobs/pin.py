@@ -13,10 +13,11 @@ import sqlalchemy as sa
 
 from jobs.database import bentos, connect
 from jobs.history import GOOD, History, Pin
+from jobs.lease import lease
 from jobs.package import bento_of
 from jobs.promote import SPENT_TAGS, Promoter, PromoteResult
-from jobs.registry import CANDIDATE, Registry
-from jobs.serving import Serving
+from jobs.registry import CANDIDATE, PRODUCTION, Registry
+from jobs.serving import LocalServing, Serving
 from jobs.settings import Settings
 
 LEASE_WAIT = 60.0  # seconds for a promotion under way to yield
@@ -95,6 +96,30 @@ def approve(settings: Settings, version: int, *, by: str, reason: str) -> None:
     registry.set_alias(CANDIDATE, version)
 
 
+def adopt(settings: Settings, *, by: str, serving: Serving | None = None) -> str:
+    """Go on from what serves, when the database was restored from a backup older than that; returns the tag."""
+    engine, serving = connect(settings.database), serving or LocalServing(settings)
+    history = History(engine)
+    newest = max((row.id for row in history.rows(limit=1)), default=0)
+    tag = serving.served_tag()
+    if tag is None or serving.fence() <= newest:
+        raise NothingToDo(f"the database knows what serves ({tag}); there is nothing to adopt")
+    version = int(tag.split(":v", 1)[1].split("-", 1)[0])
+    found = Registry(settings).version(version)
+    if found is None:
+        raise NothingToDo(f"the model registry has no version {version}, which serves as {tag}: restore it as well")
+    with lease(settings.home.resolve() / "churn-promote.lock", wait=LEASE_WAIT):
+        open_row = history.open_row()
+        if open_row is not None:
+            history.close(
+                open_row, now=datetime.now(UTC), result="interrupted", reason="left open in a restored backup"
+            )
+        history.adopt(fence=serving.fence(), now=datetime.now(UTC), version=version, tag=tag,
+                      reason="adopted after a restore", by=by)  # fmt: skip
+        Registry(settings).set_alias(PRODUCTION, version)
+    return tag
+
+
 def _stored(engine: sa.Engine, version: int) -> tuple[str, int]:
     query = sa.select(bentos.c.tag).where(bentos.c.model_version == version).order_by(bentos.c.built_at.desc())
     with engine.connect() as connection:
@@ -110,10 +135,20 @@ def _stored(engine: sa.Engine, version: int) -> tuple[str, int]:
 
 
 def _before(engine: sa.Engine) -> tuple[str, int]:
+    """What was served before the current version was promoted; rollbacks in between do not count, so twice is once.
+
+    While a promotion is under way that is what it wants to replace.
+    """
     history = History(engine)
+    open_row = history.open_row()
+    if open_row is not None and open_row.from_tag and open_row.from_version and open_row.from_tag != open_row.to_tag:
+        return open_row.from_tag, open_row.from_version
+    rows = [row for row in history.rows(limit=500) if row.result in GOOD and row.action != "pin"]
     last = history.last(good=True)
-    for row in history.rows(limit=200):
-        tag = row.to_tag
-        if row.result in GOOD and last and tag and row.to_version != last.to_version and bento_of(engine, tag):
-            return tag, row.to_version
+    version = last.to_version if last else None
+    for row in rows:  # newest first
+        if row.to_version == version and row.from_version not in (None, version):
+            version = row.from_version
+            if row.from_tag and bento_of(engine, row.from_tag):
+                return row.from_tag, row.from_version
     raise NothingToDo("no other version was served before; `churn rollback --to N` names a stored one")

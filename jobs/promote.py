@@ -8,6 +8,7 @@ Deciding (`decide`) is pure; each act has its home: aliases and tags in `jobs.re
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import time
@@ -23,7 +24,7 @@ from jobs.history import History, Pin, Promotion
 from jobs.lease import Held, lease
 from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, prune_bentos
 from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelRefused, ModelVersion, Registry, RegistryError
-from jobs.serving import LocalServing, ServedTagChanged, Serving
+from jobs.serving import LocalServing, ServedTagChanged, Serving, StaleFence
 from jobs.settings import Mode, Settings
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class World:
     served_tag: str | None
     served_version: int | None  # of the served tag, where its archive is known
     last: Promotion | None  # the last promotion that ended well
+    registered: bool  # whether the registry still has the version that should be served
     candidate: ModelVersion | None
     expected_tag: str | None  # of the last promotion's version with today's serving code
     rebuild_on_code_change: bool
@@ -95,12 +97,9 @@ def decide(world: World) -> Want | Idle:
     last, pin = world.last, world.pin
     production = world.aliases.get(PRODUCTION)
     if pin is not None:
-        if (
-            world.served_tag != pin.bento_tag
-            or last is None
-            or last.to_tag != pin.bento_tag
-            or production != pin.version
-        ):
+        recorded = last is not None and last.to_tag == pin.bento_tag == world.served_tag
+        alias_follows = production == pin.version or not world.registered
+        if not (recorded and alias_follows):
             return Want("pin", pin.version, pin.bento_tag, f"pinned by {pin.by}: {pin.reason}")
         return Idle(f"pinned to {pin.bento_tag}: {pin.reason}")
     if production is not None and (last is None or last.to_version != production):
@@ -116,6 +115,8 @@ def decide(world: World) -> Want | Idle:
             last.to_tag,
             f"the served tag is {world.served_tag}, the record says {last.to_tag}",
         )
+    if last is not None and production is None and not world.registered:
+        return Idle(f"version {last.to_version} was deleted from the model registry; {last.to_tag} serves on")
     if last is not None and production is None:
         return Want(
             "restore",
@@ -128,6 +129,7 @@ def decide(world: World) -> Want | Idle:
         return idle
     if (
         last is not None
+        and world.retry_at.get(last.to_version, world.now) <= world.now
         and world.expected_tag not in (None, last.to_tag, world.failed_rebuild)
         and world.rebuild_on_code_change
         and world.mode != "off"
@@ -149,6 +151,11 @@ def _candidate(world: World) -> Want | Idle:
     if spent:
         return Idle(f"{name} is not tried again ({', '.join(spent)}); `churn approve {candidate.version}` allows it")
     approved = "approved_by" in candidate.tags
+    judged_against, champion = candidate.tags.get("champion", ""), str(world.aliases.get(PRODUCTION, ""))
+    if not approved and judged_against != champion:
+        against = f"version {judged_against}" if judged_against else "no champion"
+        remedy = f"`churn retrain` judges it anew, `churn approve {candidate.version}` promotes it as it is"
+        return Idle(f"{name} was judged against {against}, and production is version {champion}: {remedy}")
     if world.mode == "off" or (world.mode == "dryRun" and not first):
         return Idle(f"{name} passed the gate; mode {world.mode} promotes nothing")
     if world.mode == "manual" and not first and not approved:
@@ -187,11 +194,14 @@ class Promoter:
         """Everything `decide` needs; with a pin, a registry that does not answer is no obstacle."""
         pin, last = self.history.pin(), self.history.last(good=True)
         served_tag = self.serving.served_tag()
+        registered = True
         try:
             aliases = self.registry.aliases()
             number = aliases.get(CANDIDATE)
             candidate = None if number is None else self.registry.version(number)
             champion = None if last is None else self.registry.version(last.to_version)
+            wanted = pin.version if pin else last.to_version if last else None
+            registered = wanted is None or self.registry.version(wanted) is not None
         except RegistryError:
             if pin is None:
                 raise
@@ -206,6 +216,7 @@ class Promoter:
             aliases=aliases,
             served_tag=served_tag,
             served_version=archive.model_version if archive else None,
+            registered=registered,
             last=last,
             candidate=candidate,
             expected_tag=None if champion is None else expected_tag(champion),
@@ -226,12 +237,14 @@ class Promoter:
 
     def run(self, *, dry_run: bool = False, wait: float = 0.0) -> PromoteResult:
         """Finish or undo what is open, then make the wanted change; raises PromotionFailed when it was undone."""
+        self._refuse_older_database()
         open_row = self.history.open_row()
         if open_row is not None:
             what = f"finish promotion {open_row.id} of version {open_row.to_version}"
         else:
             want = decide(self.world())
             if isinstance(want, Idle):
+                self._refuse_what_cannot_serve()
                 return PromoteResult("idle", want.reason, self.serving.served_tag())
             what = f"{want.action} version {want.version}: {want.reason}"
         if dry_run:
@@ -241,6 +254,22 @@ class Promoter:
                 return self._work()
         except Held as held:
             return PromoteResult("held", str(held), self.serving.served_tag())
+
+    def _refuse_older_database(self) -> None:
+        """Raise if the served tag was written by a promotion that the record does not know: a restored backup."""
+        newest = max((row.id for row in self.history.rows(limit=1)), default=0)
+        if self.serving.fence() > newest:
+            wrote = f"{self.serving.served_tag()} was written by promotion {self.serving.fence()}"
+            remedy = "was an older backup restored? `churn adopt` goes on from what serves"
+            raise PromotionFailed(
+                f"the database knows promotions up to {newest}, but {wrote}: {remedy}", interrupted=True
+            )
+
+    def _refuse_what_cannot_serve(self) -> None:
+        """Raise if what should be served never will be: promoted while nothing served, so that nobody noticed."""
+        failure = self.serving.rollout().failure
+        if failure:
+            raise PromotionFailed(f"{self.serving.served_tag()} cannot serve: {failure}; `churn rollback` goes back")
 
     def _work(self) -> PromoteResult:
         result: PromoteResult | None = None
@@ -282,9 +311,10 @@ class Promoter:
 
     def _carry_out(self, row: Promotion) -> PromoteResult:
         try:
+            self._obey_pin(row)
             tag = self._to_tag(row)
             failpoint("promote.built")
-            self._obey_pin(row, tag)
+            self._obey_pin(row)
             self._set_aliases(row)
             self._set_served_tag(row, tag)
             self._watch(row, tag)
@@ -292,12 +322,12 @@ class Promoter:
             self._probe(tag)
             failpoint("promote.probed")
         except _Yielded as yielded:
-            self._undo(row, "interrupted", str(yielded), restore_tag=False)
+            self._undo(row, "interrupted", str(yielded), yields=True)
             return PromoteResult("idle", str(yielded), self.serving.served_tag())
         except (_ModelFault, ModelRefused) as fault:
             self._undo(row, "failed", str(fault))
             raise PromotionFailed(f"version {row.to_version} was not promoted: {fault}") from fault
-        except (_WorldFault, RegistryError, ServedTagChanged, OSError) as fault:
+        except Exception as fault:  # a database, a disk, a registry: whatever it is, nothing half done may stay
             self._undo(row, "interrupted", str(fault))
             raise PromotionFailed(
                 f"promotion of version {row.to_version} was interrupted: {fault}", interrupted=True
@@ -314,9 +344,9 @@ class Promoter:
         self.history.set_target(row, tag)
         return tag
 
-    def _obey_pin(self, row: Promotion, tag: str) -> None:
+    def _obey_pin(self, row: Promotion) -> None:
         pin = self.history.pin()
-        if pin is not None and pin.bento_tag != tag:
+        if pin is not None and (pin.version, pin.bento_tag) != (row.to_version, row.to_tag or pin.bento_tag):
             raise _Yielded(f"yields to the pin on {pin.bento_tag} by {pin.by}")
 
     def _set_aliases(self, row: Promotion) -> None:
@@ -373,9 +403,11 @@ class Promoter:
             )
             if time.monotonic() > end:
                 deadline = f"{self.settings.promotion_deadline.total_seconds():.0f} s"
-                raise _ModelFault(f"pods were not ready within {deadline}; last seen: {seen or 'no pods'}")
+                started = any(p.bento_tag == tag and p.address for p in rollout.pods) or "/readyz" in seen
+                fault = _ModelFault if started else _WorldFault  # one that was never started is not to blame
+                raise fault(f"pods were not ready within {deadline}; last seen: {seen or 'no pods'}")
             if time.monotonic() > next_look:
-                self._obey_pin(row, tag)
+                self._obey_pin(row)
                 next_look = time.monotonic() + 1
             time.sleep(POLL)
 
@@ -417,33 +449,53 @@ class Promoter:
 
     # ---- undoing -----------------------------------------------------------------------------------------
 
-    def _undo(self, row: Promotion, result: str, reason: str, *, restore_tag: bool = True) -> None:
-        """Put aliases and served tag back, if they are still ours, and close the row with the reason."""
+    def _undo(self, row: Promotion, result: str, reason: str, *, yields: bool = False) -> None:
+        """Put aliases and served tag back, if they are still ours, and close the row with the reason.
+
+        One that yields to a pin leaves the served tag to the pin, and its version counts as rolled back.
+        """
         log.error("promotion %d is undone (%s): %s", row.id, result, reason)
         row = next(r for r in self.history.rows() if r.id == row.id)
         served = self.serving.served_tag()
-        if restore_tag and served == row.to_tag and served is not None and row.from_tag != served:
-            self.serving.set_served_tag(old=served, new=row.from_tag, fence=row.id, soak=timedelta(0))
+        if not yields and served == row.to_tag and served is not None and row.from_tag != served:
+            try:
+                self.serving.set_served_tag(old=served, new=row.from_tag, fence=row.id, soak=timedelta(0))
+            except (ServedTagChanged, StaleFence) as theirs:
+                log.warning("the served tag is not put back: %s", theirs)
         asked_by_hand = row.action == "follow" and result == "interrupted"  # the alias stays: it is tried again
         if row.action == "pin" and result == "failed":
             self.history.clear_pin()  # what cannot be served cannot be pinned
         try:
             ours = self.registry.aliases().get(PRODUCTION) == row.to_version and row.from_version != row.to_version
             if ours and not asked_by_hand:
+                self._put_previous_back(row)
                 if row.from_version is None:
                     self.registry.drop_alias(PRODUCTION)
                 else:
                     self.registry.set_alias(PRODUCTION, row.from_version)
             if row.action in ("promote", "follow") and self.registry.version(row.to_version) is not None:
-                failed = {"promotion_failed": reason[:4900]} if result == "failed" else {}
-                self.registry.set_tags(row.to_version, {"promoted_at": None, **failed})
+                mark = {"promotion_failed": reason[:4900]} if result == "failed" else {}
+                if yields:
+                    mark = {"rolled_back": f"{row.opened_at:%Y-%m-%dT%H:%M:%SZ}"}
+                self.registry.set_tags(row.to_version, {"promoted_at": None, **mark})
                 if result == "interrupted" and row.action == "promote" and CANDIDATE not in self.registry.aliases():
                     self.registry.set_alias(CANDIDATE, row.to_version)
             if row.action in ("pin", "follow") and row.from_version is not None:
                 self.registry.set_tags(row.from_version, {"rolled_back": None})
         except RegistryError as error:
-            raise PromotionFailed(f"{reason}; aliases could not be put back yet: {error}", interrupted=True) from error
+            if not yields:
+                reason = f"{reason}; aliases could not be put back yet: {error}"
+                raise PromotionFailed(reason, interrupted=True) from error
+            log.warning("aliases follow with the pin: %s", error)
         self.history.close(row, now=datetime.now(UTC), result=result, reason=reason)
+
+    def _put_previous_back(self, row: Promotion) -> None:
+        before = self.history.last(good=True)
+        number = before.from_version if before and before.from_version != row.from_version else None
+        if number is not None and self.registry.version(number) is not None:
+            self.registry.set_alias(PREVIOUS, number)
+        elif self.registry.aliases().get(PREVIOUS) == row.from_version:
+            self.registry.drop_alias(PREVIOUS)
 
 
 class _Yielded(Exception):
@@ -461,8 +513,9 @@ def _ask(url: str, body: object = None) -> dict[str, Any]:
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as error:
-        raise _ModelFault(f"{url} answered {error.code}: {error.read(300).decode('utf-8', 'replace')}") from error
-    except OSError as error:
+        fault = _WorldFault if error.code in (408, 429, 502, 503, 504) else _ModelFault
+        raise fault(f"{url} answered {error.code}: {error.read(300).decode('utf-8', 'replace')}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise _WorldFault(f"{url} did not answer: {error}") from error
 
 

@@ -16,13 +16,14 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bentos.churn.database import sqlite_path
 from jobs.settings import Settings
 
 if TYPE_CHECKING:
@@ -160,13 +161,14 @@ class Registry:
             raise RegistryError(f"MLflow did not answer {path}: {error}") from error
 
     def _select(self, sql: str, *parameters: object) -> list[Any]:
-        path = Path(self.url.removeprefix("sqlite:///"))
+        path = sqlite_path(self.url)
         if not path.exists():
             return []
         try:
-            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=TIMEOUT)) as connection:
+            uri = f"{path.resolve().as_uri()}?mode=ro"
+            with closing(sqlite3.connect(uri, uri=True, timeout=TIMEOUT)) as connection:
                 return connection.execute(sql, parameters).fetchall()
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             if "no such table" in str(error):  # MLflow has not made its schema yet
                 return []
             raise RegistryError(f"MLflow's database {path.name}: {error}") from error
@@ -195,15 +197,27 @@ class Registry:
         mlflow.set_registry_uri(self.url)
         return MlflowClient(self.url, self.url)
 
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """What MLflow raises, as RegistryError."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            raise RegistryError(f"MLflow did not write {what} of model {self.name}: {error}") from error
+
     def set_alias(self, alias: str, version: int) -> None:
         """Point the alias to the version, unless it does already."""
         if self.aliases().get(alias) != version:
-            self.client.set_registered_model_alias(self.name, alias, str(version))
+            with self._writing(f"alias {alias} to version {version}"):
+                self.client.set_registered_model_alias(self.name, alias, str(version))
 
     def drop_alias(self, alias: str) -> None:
         """Remove the alias, if it is there."""
         if alias in self.aliases():
-            self.client.delete_registered_model_alias(self.name, alias)
+            with self._writing(f"alias {alias}"):
+                self.client.delete_registered_model_alias(self.name, alias)
 
     def set_tags(self, version: int, tags: Mapping[str, str | None]) -> None:
         """Set tags of a version (None deletes), touching only those that differ."""
@@ -211,10 +225,11 @@ class Registry:
         if found is None:
             raise RegistryError(f"model {self.name} has no version {version}")
         for key, value in tags.items():
-            if value is None and key in found.tags:
-                self.client.delete_model_version_tag(self.name, str(version), key)
-            elif value is not None and found.tags.get(key) != value:
-                self.client.set_model_version_tag(self.name, str(version), key, value)
+            with self._writing(f"tag {key} of version {version}"):
+                if value is None and key in found.tags:
+                    self.client.delete_model_version_tag(self.name, str(version), key)
+                elif value is not None and found.tags.get(key) != value:
+                    self.client.set_model_version_tag(self.name, str(version), key, value)
 
     def versions(self) -> list[ModelVersion]:
         """Every version with its tags, newest first."""

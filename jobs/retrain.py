@@ -94,6 +94,8 @@ def retrain(
             engine = database.connect(settings.database)
             table = database.retrains
             with engine.begin() as connection:
+                killed = table.update().where(table.c.result.is_(None))  # nobody else works: we hold the lease
+                connection.execute(killed.values(result="failed", detail="killed", finished_at=datetime.now(UTC)))
                 row = connection.execute(
                     table.insert().values(as_of=as_of, wanted_by=wanted_by, reason=reason)
                 ).inserted_primary_key
@@ -139,22 +141,13 @@ def _retrain(settings: Settings, *, as_of: datetime, dry_run: bool) -> RetrainRe
 
     training = dataset.training_set(settings, days)
     fingerprint = training.fingerprint
-    for version in registry.versions():
-        tags = version.tags
-        if (tags.get("data_fingerprint"), tags.get("settings_fingerprint")) == (
-            fingerprint,
-            settings_fingerprint,
-        ):
-            if not dry_run and registry.aliases().get(CANDIDATE) is None and "promoted_at" not in tags:
-                registry.set_alias(CANDIDATE, version.version)  # killed between registering and naming it
-            return RetrainResult(
-                "unchanged",
-                f"version {version.version} has the same data and settings",
-                as_of,
-                days,
-                version.version,
-                "passed" if version.passed else "refused",
-            )
+    same = _same_version(registry, fingerprint, settings_fingerprint)
+    champion_number = "" if champion is None else str(champion.version)
+    if same is not None and same.tags.get("champion") in (champion_number, str(same.version)):
+        if not dry_run:
+            _name(registry, same)
+        reason = f"version {same.version} has the same data and settings"
+        return RetrainResult("unchanged", reason, as_of, days, same.version, "passed" if same.passed else "refused")
 
     log.info("training on %s: %d rows", ", ".join(map(str, days)), len(training.features))
     candidate = fit(settings, training, dataset.features(settings))
@@ -167,6 +160,12 @@ def _retrain(settings: Settings, *, as_of: datetime, dry_run: bool) -> RetrainRe
     }
     if dry_run:
         return RetrainResult("dry_run", verdict.reason, as_of, days, None, status, candidate.selection.name, metrics)
+    if same is not None:  # the champion is another than it was judged against: the verdict is renewed, the model is not
+        judged = {"gate": status, "gate_reason": verdict.reason[:4900], "champion": champion_number}
+        registry.set_tags(same.version, judged)
+        _name(registry, same)
+        reason = f"version {same.version} has the same data and settings, judged anew: {verdict.reason}"
+        return RetrainResult("unchanged", reason, as_of, days, same.version, status, candidate.selection.name, metrics)
     run = _training_run(
         settings,
         as_of,
@@ -186,6 +185,22 @@ def _retrain(settings: Settings, *, as_of: datetime, dry_run: bool) -> RetrainRe
     return RetrainResult(
         "registered", verdict.reason, as_of, days, created.version, status, candidate.selection.name, metrics
     )
+
+
+def _same_version(registry: Registry, data: str, settings: str) -> ModelVersion | None:
+    """The newest version that was trained on the same data with the same settings."""
+    for version in registry.versions():
+        if (version.tags.get("data_fingerprint"), version.tags.get("settings_fingerprint")) == (data, settings):
+            return version
+    return None
+
+
+def _name(registry: Registry, version: ModelVersion) -> None:
+    """Give the alias `candidate` to a version that was registered by a job killed before it could."""
+    named = registry.aliases().get(CANDIDATE)
+    spent = {"promoted_at", "rolled_back", "promotion_failed"} & set(version.tags)
+    if not spent and (named is None or named < version.version):
+        registry.set_alias(CANDIDATE, version.version)
 
 
 def _waiting(settings: Settings, as_of: datetime, newest: date, days: Sequence[date]) -> RetrainResult:
@@ -244,7 +259,7 @@ def fit(settings: Settings, training: TrainingSet, features: Sequence[Feature]) 
         top_k_share=settings.top_k_share,
     )
     newest = held_out.copy()
-    newest[: len(frame) - _rows_of_newest(settings, training)] = False
+    newest[: len(frame) - training.rows[-1]] = False
     holdout = frame[newest]
     return Candidate(
         training.days[-1],
@@ -254,14 +269,6 @@ def fit(settings: Settings, training: TrainingSet, features: Sequence[Feature]) 
         training.labels[newest].to_numpy(),
         selection.model.predict_proba(holdout)[:, 1],
     )
-
-
-def _rows_of_newest(settings: Settings, training: TrainingSet) -> int:
-    """Rows of the window's newest snapshot, which come last: the gate judges on these alone."""
-    if len(training.days) == 1:
-        return len(training.features)
-    index = training.features.index
-    return len(index) - (int(np.flatnonzero(index[1:] < index[:-1])[-1]) + 1)  # users are sorted within a snapshot
 
 
 def _judge(

@@ -7,16 +7,27 @@ Each field is the variable `CHURN_<NAME>`. The defaults are the one-machine size
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Mode = Literal["auto", "manual", "dryRun", "off"]
+Estimator = Literal["dummy", "logistic_regression", "random_forest", "gradient_boosting"]
+
+_SQLITE, _POSTGRES = "sqlite:///", ("postgresql://", "postgresql+psycopg://")
+_BEGINNINGS = {  # of each URL; such a value may hold a password and is never repeated in a message
+    "database_url": (_SQLITE, *_POSTGRES),
+    "mlflow_url": ("http://", "https://", _SQLITE),
+    "online_store_url": (_SQLITE, "redis://", "rediss://"),
+    "feast_registry_url": (_SQLITE, *_POSTGRES),
+}
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -28,16 +39,29 @@ def _duration(value: Any) -> Any:
     match = re.fullmatch(r"(\d+)([smhd])", str(value).strip())
     if not match:
         raise ValueError("expected a number with its unit, such as 30d, 12h, 5m or 10s")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    try:
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    except OverflowError:
+        raise ValueError("expected fewer: this is longer than a calendar") from None
 
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 
 
+def _json_list(value: Any) -> Any:
+    """A variable's text as the list it is; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError('expected a JSON list, such as ["logistic_regression", "random_forest"]') from None
+
+
 class Settings(BaseSettings):
     """What a job may know of its surroundings. Values are checked here, so that jobs need not."""
 
-    model_config = SettingsConfigDict(env_prefix="CHURN_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="CHURN_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     # --- where things are -------------------------------------------------------------------------------
     home: Path = Field(Path(".churn"), description="folder that holds everything of the one-machine size")
@@ -63,9 +87,10 @@ class Settings(BaseSettings):
     holdout_salt: str = Field("churn", description="with user_id decides who is in the holdout, for ever")
     holdout_share: float = Field(0.2, gt=0, lt=1, description="share of users in the holdout")
     training_snapshots: int = Field(1, ge=1, description="training window, in snapshots")
-    candidates: tuple[str, ...] = Field(
+    candidates: Annotated[tuple[Estimator, ...], NoDecode, BeforeValidator(_json_list)] = Field(
         ("dummy", "logistic_regression", "random_forest", "gradient_boosting"),
-        description="estimators that compete in cross-validation",
+        min_length=1,
+        description="estimators that compete in cross-validation, a JSON list",
     )
     calibration: Literal["none", "sigmoid"] = Field("none", description="calibration of the winner's scores")
     threshold: Literal["f1", "top_k"] = Field("f1", description="how the decision threshold is chosen")
@@ -104,6 +129,30 @@ class Settings(BaseSettings):
             raise ValueError("expected a DNS label such as churn: a-z, 0-9 and -, at most 53 characters")
         return value
 
+    @field_validator("home", mode="before")
+    @classmethod
+    def _home_is_somewhere(cls, value: Any) -> Any:
+        if not str(value).strip():  # would be the working directory
+            raise ValueError("expected a folder, such as .churn")
+        return value
+
+    @field_validator(*_BEGINNINGS)
+    @classmethod
+    def _url_is_one_we_know(cls, value: str, info: ValidationInfo) -> str:
+        known = _BEGINNINGS[str(info.field_name)]
+        if value and not any(value.startswith(beginning) and value != beginning for beginning in known):
+            raise ValueError(f"expected a URL that begins with {', '.join(known[:-1])} or {known[-1]}")
+        if value.startswith("http") and "@" in value.split("/")[2]:
+            raise ValueError("expected no user or password in it, only host and port")
+        return value
+
+    @field_validator("label_horizon")
+    @classmethod
+    def _horizon_is_days(cls, value: timedelta) -> timedelta:
+        if value < timedelta(days=1) or value % timedelta(days=1):
+            raise ValueError("expected whole days, at least 1d, because labels are known at the end of a day")
+        return value
+
     @model_validator(mode="after")
     def _k_of_n(self) -> Settings:
         if self.drift_k > self.drift_n:
@@ -111,7 +160,8 @@ class Settings(BaseSettings):
         return self
 
     def _sqlite(self, url: str, name: str) -> str:
-        return url or f"sqlite:///{self.home.resolve() / name}"
+        path = re.sub(r"%(?=[0-9A-Fa-f]{2})|\?", lambda sign: quote(sign[0]), str(self.home.resolve() / name))
+        return url or f"sqlite:///{path}"
 
     @property
     def database(self) -> str:
@@ -170,6 +220,13 @@ def _explain(error: object) -> str:
     variable = name.upper() if name.upper().startswith("CHURN_") else f"CHURN_{name.upper()}"
     if error["type"] == "extra_forbidden":
         return f"{variable} is not a setting; `churn settings` lists them"
-    field = Settings.model_fields[name]
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{variable} is {error['input']!r}; {message[:1].lower()}{message[1:]}; default {field.default!r}"
+    message = f"{message[:1].lower()}{message[1:]}"
+    if name in _BEGINNINGS:
+        scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", str(error["input"]))
+        return (
+            f"{variable} is {f'{scheme[0]}://…' if scheme else 'no URL'}; {message}; default: SQLite below CHURN_HOME"
+        )
+    default = Settings.model_fields[name].default
+    shown = json.dumps(default) if isinstance(default, tuple) else repr(default)
+    return f"{variable} is {error['input']!r}; {message}; default {shown}"

@@ -1,52 +1,83 @@
-"""One truthful page: what answers now, what is being tried, and what each job found last."""
+"""One truthful page: what answers now, what is being tried, and what each job found last.
+
+It is looked at when something is wrong, so nothing that is away may keep the rest from being shown.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
-from typing import Any
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from bentos.churn.database import sqlite_path
 from jobs.database import connect, drift_checks, predictions, retrains
-from jobs.history import History
-from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, Registry, RegistryError
-from jobs.serving import LocalServing, Serving
+from jobs.history import History, Pin, Promotion
+from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, Registry
+from jobs.serving import LocalServing, Rollout, Serving, try_lock
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What our own tables say; the defaults are what is shown when they cannot be read."""
+
+    pin: Pin | None = None
+    last: Promotion | None = None
+    good: Promotion | None = None
+    open_row: Promotion | None = None
+    check: Any = None
+    training: Any = None
+    predictions: int | None = None
 
 
 def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]:
     """Everything `churn status` shows, as plain values; a store that does not answer becomes an entry in `problems`."""
     serving = serving or LocalServing(settings)
-    engine = connect(settings.database)
-    history = History(engine)
-    pin, last, good = history.pin(), history.last(), history.last(good=True)
     problems: list[str] = []
-    try:
-        aliases = Registry(settings).aliases()
-    except RegistryError as error:
-        aliases = {}
-        problems.append(str(error))
-    rollout = serving.rollout()
-    open_row = history.open_row()
-    with engine.connect() as connection:
-        check = connection.execute(sa.select(drift_checks).order_by(drift_checks.c.id.desc()).limit(1)).first()
-        training = connection.execute(sa.select(retrains).order_by(retrains.c.id.desc()).limit(1)).first()
-        rows = connection.execute(sa.select(sa.func.count()).select_from(predictions)).scalar_one()
-    if rollout.failure:
-        problems.append(f"{rollout.served_tag} cannot serve: {rollout.failure}")
-    if rollout.served_tag and not rollout.running:
-        problems.append("nothing serves; `churn serve` does")
+    tables = _ask(
+        lambda: _tables(settings), problems, "the database", "start it, or correct CHURN_DATABASE_URL"
+    ) or _Tables()  # fmt: skip
+    aliases = _ask(
+        lambda: Registry(settings).aliases(), problems, "the model registry", "start it, or correct CHURN_MLFLOW_URL"
+    )
+    rollout = _ask(
+        serving.rollout, problems, "the served tag", "remove a desired.json that is damaged, `churn promote` writes it"
+    )
+    url = None if rollout is None else _ask(lambda: serving.url, problems, "what serves", "restart `churn serve`")
+    days = _ask(Snapshots(settings.snapshots).days, problems, "the snapshots", "make the folder readable") or []
+    features_as_of = _online_as_of(settings, problems)
+    pin, last, good, open_row, check = tables.pin, tables.last, tables.good, tables.open_row, tables.check
+    training = tables.training
+    if rollout is not None:
+        problems += _of_serving(rollout)
     if last is not None and last.result in ("failed", "interrupted"):
         problems.append(f"the last promotion (version {last.to_version}) {last.result}: {last.reason}")
-    served = [pod.bento_tag for pod in rollout.pods if pod.ready]
+    if tables.predictions is not None and aliases is not None and rollout is not None and open_row is None:
+        problems += _disagreements(aliases.get(PRODUCTION), good, rollout.served_tag)
+    retraining = None if training is None else training.result
+    if training is not None and retraining is None and _was_killed(settings, training.id):
+        retraining = "killed"
+        problems.append(f"the last retraining ({training.as_of:%Y-%m-%d}) was killed; `churn retrain` begins anew")
+    aliases = aliases or {}
+    ready = [] if rollout is None else [pod.bento_tag for pod in rollout.pods if pod.ready]
+    wanted = None if rollout is None else rollout.served_tag
     return {
         "production": aliases.get(PRODUCTION),
         "candidate": aliases.get(CANDIDATE),
         "previous": aliases.get(PREVIOUS),
-        "served_tag": served[0] if served else rollout.served_tag,
-        "wanted_tag": rollout.served_tag,
+        "served_tag": ready[0] if ready else wanted,
+        "wanted_tag": wanted,
         "previous_tag": good.from_tag if good else None,
         "pinned": None
         if pin is None
@@ -58,10 +89,12 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
             "at": pin.pinned_at.isoformat(),
         },
         "serving": {
-            "url": serving.url,
-            "running": rollout.running,
-            "settled": rollout.settled,
-            "pods": [
+            "url": url,
+            "running": None if rollout is None else rollout.running,
+            "settled": None if rollout is None else rollout.settled,
+            "pods": []
+            if rollout is None
+            else [
                 {"name": p.name, "bento_tag": p.bento_tag, "ready": p.ready, "message": p.message} for p in rollout.pods
             ],
         },
@@ -73,8 +106,8 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
             "tag": open_row.to_tag,
             "since": open_row.opened_at.isoformat(),
         },
-        "features_as_of": _online_as_of(settings, problems),
-        "snapshots": [day.isoformat() for day in Snapshots(settings.snapshots).days()],
+        "features_as_of": features_as_of,
+        "snapshots": [day.isoformat() for day in days],
         "drift": None
         if check is None
         else {
@@ -90,7 +123,7 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
         if training is None
         else {
             "as_of": training.as_of.isoformat(),
-            "result": training.result,
+            "result": retraining,
             "reason": training.detail,
             "version": training.version,
             "wanted_by": training.wanted_by,
@@ -105,43 +138,109 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
             "to": last.to_version,
             "action": last.action,
         },
-        "predictions": {"rows": rows},
+        "predictions": {"rows": tables.predictions},
         "problems": problems,
     }
+
+
+def _ask(question: Callable[[], T], problems: list[str], what: str, remedy: str) -> T | None:
+    """The answer; None and an entry in `problems` if there is none, whatever the reason."""
+    try:
+        return question()
+    except Exception as error:  # drivers and servers have no common base
+        log.debug("%s does not answer", what, exc_info=True)
+        said = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+        problems.append(f"{what} cannot be read ({said}); {remedy}")
+        return None
+
+
+def _tables(settings: Settings) -> _Tables:
+    engine = connect(settings.database)
+    history = History(engine)
+    with engine.connect() as connection:
+        check = connection.execute(sa.select(drift_checks).order_by(drift_checks.c.id.desc()).limit(1)).first()
+        training = connection.execute(sa.select(retrains).order_by(retrains.c.id.desc()).limit(1)).first()
+        rows = connection.execute(sa.select(sa.func.count()).select_from(predictions)).scalar_one()
+    good, last = history.last(good=True), history.last()
+    return _Tables(history.pin(), last, good, history.open_row(), check, training, rows)
+
+
+def _of_serving(rollout: Rollout) -> list[str]:
+    found = []
+    if rollout.failure:
+        found.append(f"{rollout.served_tag} cannot serve: {rollout.failure}")
+    if rollout.served_tag and not rollout.running:
+        found.append("nothing serves; `churn serve` does")
+    return found
+
+
+def _disagreements(production: int | None, good: Promotion | None, wanted_tag: str | None) -> list[str]:
+    """Where alias, record and served tag differ though no promotion is under way: at most one entry."""
+    version, tag = (good.to_version, good.to_tag) if good else (None, None)
+    if tag != wanted_tag:
+        said = f"the served tag is {wanted_tag or 'empty'}, the record of promotions says {tag or 'nothing'}"
+        return [f"{said}; `churn promote` settles it"]
+    if production != version:
+        alias = f"alias {PRODUCTION} points to {f'version {production}' if production else 'no version'}"
+        return [f"{alias}, what should serve is {wanted_tag or 'nothing'}; `churn promote` settles it"]
+    return []
+
+
+def _was_killed(settings: Settings, training: int) -> bool:
+    """Whether nobody works on a retraining that has no result: its lease is free, and still it has none.
+
+    Without the lease's file it was begun elsewhere, and nothing is known. Asking holds the lease for an instant.
+    """
+    try:
+        with (settings.home.resolve() / "churn-retrain.lock").open() as file:
+            if not try_lock(file.fileno(), fcntl.LOCK_SH):
+                return False
+    except OSError:
+        return False
+    query = sa.select(retrains.c.result).where(retrains.c.id == training)
+    try:
+        with connect(settings.database).connect() as connection:
+            return connection.execute(query).scalar() is None  # not ended between the first look and the lease
+    except Exception:  # the database has gone meanwhile
+        return False
 
 
 def _online_as_of(settings: Settings, problems: list[str]) -> str | None:
     """The instant the online store was materialized to: the sentinel's, read as the service reads it, without Feast."""
     from bentos.churn.model import Feature, Plan
-    from bentos.churn.online import SENTINEL, StoreDown, StoreEmpty, open_store
+    from bentos.churn.online import SENTINEL, StoreEmpty, UserFeatures, open_store
     from feature_repo.columns import FEATURE_TABLES, view_name
 
     plan = Plan([Feature(c.name, view_name(t.name), "float") for t in FEATURE_TABLES for c in t.columns])
-    store = open_store(settings.online_store, settings.feast_project, plan)
-    try:
-        found = asyncio.run(store.read([SENTINEL]))[0]
-    except (StoreDown, StoreEmpty) as error:
-        problems.append(f"no features online ({error}); `churn materialize` fills the store")
-        return None
-    finally:
-        store.close()
+
+    def read() -> UserFeatures | None:
+        url = settings.online_store
+        if url.startswith("sqlite:///") and not sqlite_path(url).exists():
+            raise StoreEmpty(f"{sqlite_path(url).name} is not there yet")
+        store = open_store(url, settings.feast_project, plan)
+        try:
+            return asyncio.run(store.read([SENTINEL]))[0]
+        finally:
+            store.close()
+
+    def read_or_empty() -> UserFeatures | None:
+        try:
+            return read()
+        except StoreEmpty as error:
+            problems.append(f"no features online ({error}); `churn materialize` fills the store")
+            return None
+
+    found = _ask(read_or_empty, problems, "the online store", "start it, or correct CHURN_ONLINE_STORE_URL")
     return None if found is None else min(found.timestamps.values()).isoformat()
 
 
 def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people: what answers now first, problems with their remedy last."""
-    serving, pin, drift = found["serving"], found["pinned"], found["drift"]
+    pin, drift = found["pinned"], found["drift"]
     last, training = found["last_promotion"], found["retrain"]
-    ready = sum(pod["ready"] for pod in serving["pods"])
     versions = [f"{alias} {found[alias] or '-'}" for alias in ("production", "previous", "candidate")]
     newest = ", ".join(found["snapshots"][-3:]) or "none"
-    shown = [
-        (
-            "serving now",
-            f"{found['served_tag'] or 'nothing'} at {serving['url']}, {ready}/{len(serving['pods'])} ready",
-        ),
-        ("versions", ", ".join(versions)),
-    ]
+    shown = [("serving now", _serving_now(found)), ("versions", ", ".join(versions))]
     if pin:
         shown.append(("pinned", f"{pin['bento_tag']} by {pin['by']}: {pin['reason']} (`churn unpin` ends it)"))
     if found["promoting"]:
@@ -153,6 +252,18 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         auc = "" if drift["realised_auc"] is None else f", realised AUC {drift['realised_auc']:.3f}"
         shown.append(("drift", f"share {drift['share']:.4g}{auc}; {drift['decision']}: {drift['reason']}"))
     if training:
-        shown.append(("retrain", f"{training['result'] or 'under way'}: {training['reason'] or ''}"))
-    shown.append(("predictions", f"{found['predictions']['rows']} logged"))
+        reason = f": {training['reason']}" if training["reason"] else ""
+        shown.append(("retrain", f"{training['result'] or 'under way'}{reason}"))
+    rows = found["predictions"]["rows"]
+    shown.append(("predictions", "unknown" if rows is None else f"{rows} logged"))
     return shown + [("problem", problem) for problem in found["problems"]]
+
+
+def _serving_now(found: dict[str, Any]) -> str:
+    serving, wanted = found["serving"], found["wanted_tag"]
+    if serving["running"] is None:
+        return "unknown"
+    ready, pods = sum(pod["ready"] for pod in serving["pods"]), len(serving["pods"])
+    if ready:
+        return f"{found['served_tag']} at {serving['url']}, {ready}/{pods} ready"
+    return f"nothing (wanted: {wanted})" if wanted else "nothing"

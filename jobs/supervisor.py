@@ -144,7 +144,7 @@ class _Supervisor:
         try:
             desired = self._serving.desired()
         except (OSError, RuntimeError) as error:  # what serves must not end for that
-            self._say(f"served tag cannot be read, stays {self._desired.tag}: {error}")
+            self._say("desired", f"served tag cannot be read, stays {self._desired.tag}: {error}")
             desired = self._desired
         if desired.generation != self._desired.generation:
             log.info("served_tag %s -> %s fence=%d", self._desired.tag, desired.tag, desired.fence)
@@ -175,12 +175,12 @@ class _Supervisor:
                 write_json(self._folder / "status.json", asdict(status))
                 self._written = status
             except OSError as error:  # a full disk
-                self._say(f"status cannot be written: {error}")
+                self._say("status", f"status cannot be written: {error}")
 
-    def _say(self, fault: str) -> None:
-        """Log a fault that is met at each look, once a minute."""
-        if time.monotonic() - self._said.get(fault, -60.0) >= 60:
-            self._said = {fault: time.monotonic()}
+    def _say(self, kind: str, fault: str) -> None:
+        """Log a fault that is met at each look once a minute; the words may differ each time, its kind does not."""
+        if time.monotonic() - self._said.get(kind, -60.0) >= 60:
+            self._said[kind] = time.monotonic()
             log.error("%s", fault)
 
     def _settled(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -57,7 +58,7 @@ class Server:
         if kill:
             self.process.kill()
         else:
-            self.process.terminate()
+            self.process.send_signal(signal.SIGINT)  # PostgreSQL waits for every client on SIGTERM
         self.process.wait(timeout=30)
 
 

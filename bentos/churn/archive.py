@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bentos.churn.database import is_sqlite, open_postgres, open_sqlite, sqlite_path
+from bentos.churn.database import cut_after, is_sqlite, open_postgres, open_sqlite, sqlite_path
 
 MAX_MEMBERS = 2_000
 MAX_BYTES = 2**30
+READ_SECONDS = 60.0  # for one answer of the database
 REQUIRED = (
     "bento.yaml",
     "src/bentos/churn/service.py",
@@ -132,5 +133,5 @@ def _read_sqlite(url: str, query: str, tag: str) -> tuple[Any, ...] | None:
 
 
 def _read_postgres(url: str, query: str, tag: str) -> tuple[Any, ...] | None:
-    with open_postgres(url) as connection:
+    with open_postgres(url) as connection, cut_after(connection, READ_SECONDS):
         return connection.execute(query.replace("?", "%s"), (tag,)).fetchone()  # type: ignore[no-any-return]

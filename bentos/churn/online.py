@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sqlite3
 import struct
@@ -26,6 +27,8 @@ from typing import NamedTuple, Protocol, TypeVar
 from bentos.churn.database import open_sqlite, sqlite_path
 from bentos.churn.model import Plan, Value
 
+log = logging.getLogger(__name__)
+
 SENTINEL = "__sentinel__"
 READ_SECONDS = 0.3
 
@@ -38,6 +41,10 @@ class StoreDown(RuntimeError):
 
 class StoreEmpty(RuntimeError):
     """The online store answers, but was not filled: materialize has not run, or the data was lost."""
+
+
+class LayoutMismatch(StoreDown):
+    """The online store holds features in another form than the one that is read here."""
 
 
 class UserFeatures(NamedTuple):
@@ -61,10 +68,37 @@ class OnlineStore(Protocol):
 
 
 def open_store(url: str, project: str, plan: Plan) -> OnlineStore:
-    """The store at this URL. Nothing is opened yet: a store that is away now may be back for the first request."""
+    """The store at this URL. It may be away or empty: that can be over by the first request.
+
+    Raises LayoutMismatch if it is there and filled in a way that cannot be read, ValueError if the URL is none.
+    """
     if url.startswith("sqlite:///"):
         return SqliteStore(sqlite_path(url), project, plan)
-    raise ValueError(f"{url.split('://', 1)[0]}:// is no online store the service knows; expected sqlite:///")
+    if url.startswith(("redis://", "rediss://")):
+        from bentos.churn.redis_store import RedisStore
+
+        store = RedisStore(url, project, plan)
+        _check_layout(store)
+        return store
+    raise ValueError(
+        f"{url.split('://', 1)[0]}:// is no online store the service knows; expected sqlite:///, redis:// or rediss://"
+    )
+
+
+def _check_layout(store: OnlineStore) -> None:
+    async def probe() -> None:
+        try:
+            await store.probe()
+        finally:
+            store.close()
+
+    try:
+        with ThreadPoolExecutor(1) as thread:  # this one may be running an event loop
+            thread.submit(asyncio.run, probe()).result()
+    except LayoutMismatch:
+        raise
+    except (StoreDown, StoreEmpty) as reason:
+        log.warning("look-ups cannot be answered yet: %s", reason)
 
 
 # --- Feast's encodings ------------------------------------------------------------------------------------
@@ -90,7 +124,7 @@ def decode_value(data: bytes) -> Value | None:
     if field == 6 and wire == 5 and len(data) == 5:
         return struct.unpack_from("<f", data, 1)[0]  # type: ignore[no-any-return]
     with contextlib.suppress(IndexError, UnicodeDecodeError):
-        number, end = _varint(data, 1)
+        number, end = read_varint(data, 1)
         if wire == 0 and end == len(data):
             if field in (3, 4):
                 return number - 2**64 if number >= 2**63 else number
@@ -101,7 +135,8 @@ def decode_value(data: bytes) -> Value | None:
     raise StoreDown(f"the online store holds {data[:16]!r}, which is no value of a feature")
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Protobuf's number at a position, and the position behind it; IndexError if it is cut off."""
     number = 0
     for shift in range(0, 70, 7):
         byte = data[at]

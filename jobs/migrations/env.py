@@ -1,12 +1,13 @@
-"""Alembic's entry point; the URL comes from `jobs.database.upgrade`."""
+"""Alembic's entry point; `jobs.database` hands it a connection in a transaction that nobody else migrates in."""
 
 from alembic import context
-from sqlalchemy import create_engine
 
 from jobs.database import metadata
 
-url = context.config.attributes["url"]
-with create_engine(url).connect() as connection:
-    context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
-    with context.begin_transaction():
-        context.run_migrations()
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    render_as_batch=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

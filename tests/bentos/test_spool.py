@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from bentos.churn import spool as spool_module
 from bentos.churn.shipper import COLUMNS, Shipper, SqliteLog, open_log
 from bentos.churn.spool import Record, Spool, SpoolDown, SpoolFull, frame, read_records
+from tests import stores
+from tests.bentos import serving_process
 from tests.bentos.serving_process import eventually
+
+if TYPE_CHECKING:  # else the processes that these tests kill would import all of scikit-learn first
+    from tests.bentos.conftest import FeastStore
 
 
 def record(i: int, **changes: Any) -> Record:
@@ -390,26 +395,50 @@ def test_rows_are_as_the_jobs_read_them(root: Path, database: str) -> None:
     assert json.loads(row["features"]) == {"a": 1}
 
 
-@pytest.mark.skipif("CHURN_TEST_POSTGRES" not in os.environ, reason="CHURN_TEST_POSTGRES names no Postgres")
-def test_postgres_takes_batches_and_refuses_rows(root: Path) -> None:
-    import psycopg
+# --- Postgres; tests/test_postgres.py has what needs no service -------------------------------------------
 
+
+def test_no_answer_is_lost_when_the_service_or_postgres_is_killed(bento: Path, online: FeastStore, root: Path) -> None:
+    """500 predictions: kill -9 of the service after 150, of Postgres after 300; it is back after 400."""
     from jobs.database import connect
+    from tests.bentos.test_process import Client
+    from tests.test_postgres import bring_back
+    from tests.test_postgres import logged as in_postgres
 
-    url = os.environ["CHURN_TEST_POSTGRES"]
-    connect(url)
-    mark = uuid.uuid4().hex[:16]
-    spool = spool_at(root)
-    rows = [record(i, prediction_id=f"{mark}{i:016x}", request_id=mark) for i in range(50)]
-    rows[20]["user_id"] = "a\0b"
-    spool.append(rows)
-    spool.append(rows[:5])
-    shipper = Shipper(spool, open_log(url))
+    clients = 2
+    ports: list[int] = []
+    asking = [Client(ports, 500 // clients) for _ in range(clients)]
 
-    shipper.ship_once()
+    def answered() -> int:
+        return sum(len(client.answered) for client in asking)
 
-    with psycopg.connect("postgresql://" + url.split("://", 1)[1]) as connection:
-        found = connection.execute("SELECT count(*) FROM predictions WHERE request_id = %s", (mark,)).fetchone()
-        connection.execute("DELETE FROM predictions WHERE request_id = %s", (mark,))
-    assert found == (49,)
-    assert shipper.quarantined == 1
+    with stores.postgres() as server:
+        connect(server.url).dispose()
+        settings = serving_process.environment(database=server.url, online_store=online.url, spool=root)
+        with serving_process.start(bento, settings) as service:
+            ports.append(service.port)
+            for client in asking:
+                client.start()
+            eventually(lambda: answered() >= 150, seconds=30, every=0.001)
+            worker = service.worker()
+            assert worker is not None
+            os.kill(worker, signal.SIGKILL)
+            os.kill(service.pid, signal.SIGKILL)
+        with serving_process.start(bento, settings) as service:
+            ports.append(service.port)
+            eventually(lambda: answered() >= 300, seconds=30, every=0.001)
+            server.stop(kill=True)
+            eventually(lambda: answered() >= 400, seconds=30, every=0.001)
+            bring_back(server)
+            for client in asking:
+                client.join(30)
+            service.stop()
+            assert "every prediction is in the database" in service.log
+        rows = in_postgres(server.url)
+
+    acknowledged = [prediction_id for client in asking for prediction_id in client.answered]
+    assert len(acknowledged) == 500
+    assert set(acknowledged) - set(rows) == set()
+    assert len(rows) == len(set(rows))
+    assert len(rows) - 500 <= clients  # what was in flight at the kill
+    assert [client.wrong for client in asking] == [[]] * clients

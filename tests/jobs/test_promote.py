@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,13 +19,13 @@ from jobs.database import connect
 from jobs.history import History, Pin, Promotion
 from jobs.lease import lease
 from jobs.package import bento_of
-from jobs.pin import NothingToDo, approve, pin, rollback, unpin
+from jobs.pin import NothingToDo, adopt, approve, pin, rollback, unpin
 from jobs.promote import Idle, PromotionFailed, Want, World, decide, promote
 from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry
 from jobs.serving import LocalServing
 from jobs.settings import Settings
 from jobs.supervisor import as_environment
-from tests.jobs.conftest import Trained
+from tests.jobs.conftest import SECOND_KNOWN, Trained
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 TAG_1, TAG_2 = "churn:v1-aaaaaaaa", "churn:v2-bbbbbbbb"
@@ -34,7 +36,10 @@ def row(version: int, tag: str) -> Promotion:
 
 
 def version(number: int, **tags: str) -> ModelVersion:
-    return ModelVersion(number, f"run{number}", "", {"gate": "passed", "gate_reason": "better", **tags})
+    champion = "" if number == 1 else "1"
+    return ModelVersion(
+        number, f"run{number}", "", {"gate": "passed", "gate_reason": "better", "champion": champion, **tags}
+    )
 
 
 SETTLED = World(
@@ -47,6 +52,7 @@ SETTLED = World(
     candidate=None,
     expected_tag=TAG_1,
     rebuild_on_code_change=True,
+    registered=True,
     retry_at={},
     failed_rebuild=None,
     now=NOW,
@@ -122,6 +128,17 @@ def test_wanted(world: World, action: str, to: int) -> None:
             id="hand, interrupted",
         ),
         pytest.param(replace(WITH_CANDIDATE, pin=PIN), "pinned to", id="pinned"),
+        pytest.param(
+            replace(SETTLED, pin=PIN, aliases={}, registered=False), "pinned to", id="pinned, version deleted"
+        ),
+        pytest.param(
+            replace(SETTLED, aliases={}, registered=False), "deleted from the model registry", id="version deleted"
+        ),
+        pytest.param(
+            replace(WITH_CANDIDATE, candidate=version(2, champion="7")),
+            "judged against version 7",
+            id="another champion",
+        ),
         pytest.param(
             replace(SETTLED, expected_tag="churn:v1-cccccccc", rebuild_on_code_change=False),
             "no candidate",
@@ -206,8 +223,6 @@ def test_alias_moved_by_a_hand_is_followed(promotable: Copy, trained: Trained) -
 def test_alias_moved_to_a_version_that_does_not_exist(promotable: Copy, trained: Trained) -> None:
     """The served tag stays, the alias is put back, and the reason is in the history."""
     settings = promotable(promotion_mode="off")
-    import sqlite3
-
     with sqlite3.connect(settings.home / "mlflow.db") as connection:
         connection.execute("UPDATE registered_model_aliases SET version = 99 WHERE alias = 'production'")
     with pytest.raises(PromotionFailed, match="registry has no version 99"):
@@ -241,6 +256,8 @@ def test_rollback_stays_until_unpinned_and_what_was_left_does_not_return(promota
     result = rollback(settings, reason="doubts", by="ada")
     assert (result.result, result.to_version) == ("rolled_back", 1)
     assert state(settings)[:2] == (1, trained.first_tag)
+    with pytest.raises(NothingToDo, match="no other version was served before"):
+        rollback(settings, reason="twice is once", by="ada")
     approve(settings, 2, by="bob", reason="it was the data")
     assert "pinned" in promote(settings).reason
     ended = unpin(settings)
@@ -266,6 +283,71 @@ def test_registry_down_changes_nothing_and_says_so(promotable: Copy, trained: Tr
     with pytest.raises(RuntimeError, match="MLflow did not answer"):
         promote(down)
     assert state(promotable())[:2] == (1, trained.first_tag)
+
+
+def test_rollback_ends_a_promotion_that_was_killed_while_the_registry_is_down(
+    promotable: Copy, trained: Trained
+) -> None:
+    settings = promotable()
+    assert churn(settings, "promote", CHURN_FAILPOINT="promote.patched=exit").returncode == 137
+    down = promotable(mlflow_url="http://127.0.0.1:9")
+    assert rollback(down, reason="doubts", by="ada").to_version == 1
+    assert LocalServing(settings).served_tag() == trained.first_tag
+    promote(settings)
+    assert state(settings)[:2] == (1, trained.first_tag)
+
+
+def test_a_deleted_version_can_be_rolled_back_to(promotable: Copy, trained: Trained) -> None:
+    """Its archive is stored: the registry is not needed, and nothing is tried again each minute."""
+    settings = promotable()
+    promote(settings)
+    registry = Registry(settings)
+    registry.drop_alias(PREVIOUS)
+    registry.client.delete_model_version(settings.release, "1")
+    assert rollback(settings, reason="doubts", by="ada").to_version == 1
+    assert LocalServing(settings).served_tag() == trained.first_tag
+    assert promote(settings).result == "idle"
+
+
+def test_the_production_version_is_deleted_and_serves_on(promotable: Copy, trained: Trained) -> None:
+    settings = promotable(promotion_mode="off")
+    Registry(settings).client.delete_model_version(settings.release, "1")
+    assert "deleted from the model registry" in promote(settings).reason
+    assert LocalServing(settings).served_tag() == trained.first_tag
+
+
+@pytest.mark.parametrize("step", ["_to_tag", "_set_aliases", "_set_served_tag", "_watch", "_probe"])
+def test_whatever_a_step_raises_nothing_stays_half_done(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A fault nobody thought of: undone, tried again later, and a rollback works meanwhile."""
+    from jobs.promote import Promoter
+
+    settings = promotable()
+
+    def fault(*_: object) -> None:
+        raise KeyError("something")
+
+    monkeypatch.setattr(Promoter, step, fault)
+    with pytest.raises(PromotionFailed, match="interrupted"):
+        promote(settings)
+    monkeypatch.undo()
+    assert state(settings) == (1, trained.first_tag, {PRODUCTION: 1, CANDIDATE: 2})
+    assert "next try at" in promote(settings).reason
+    assert pin(settings, reason="calm", by="ada").result == "idle"
+
+
+def test_a_model_that_cannot_be_converted_is_refused_and_blocks_nothing(promotable: Copy, trained: Trained) -> None:
+    """The dummy baseline has no ONNX; its alias is moved by a hand."""
+    from jobs.retrain import retrain
+
+    settings = promotable(candidates=("dummy",))
+    assert retrain(settings, as_of=SECOND_KNOWN).version == 3
+    Registry(settings).set_alias(PRODUCTION, 3)
+    with pytest.raises(PromotionFailed, match="version 3 cannot be packaged"):
+        promote(settings)
+    assert state(settings)[:2] == (1, trained.first_tag)
+    assert promote(settings).result in ("idle", "promoted")
 
 
 def test_second_rollback_target_is_named(promotable: Copy) -> None:
@@ -299,6 +381,22 @@ def test_served_tag_changed_by_a_hand_is_pinned(promotable: Copy, trained: Train
     found = History(connect(settings.database)).pin()
     assert found is not None and found.bento_tag == trained.second_tag
     assert state(settings)[:2] == (2, trained.second_tag)
+
+
+def test_a_database_older_than_what_serves_is_refused_until_adopted(promotable: Copy, trained: Trained) -> None:
+    """A restored backup does not know the promotion that wrote the served tag: nothing moves until a person says so."""
+    settings = promotable()
+    with closing(sqlite3.connect(settings.home / "churn.db")) as now, closing(sqlite3.connect(":memory:")) as backup:
+        now.backup(backup)
+        promote(settings)
+        backup.backup(now)
+    with pytest.raises(PromotionFailed, match=r"knows promotions up to 1, but churn:v2-.* was written by promotion 2"):
+        promote(settings)
+    assert adopt(settings, by="ada") == trained.second_tag
+    assert promote(settings).result == "idle"
+    assert state(settings)[:2] == (2, trained.second_tag)
+    with pytest.raises(NothingToDo, match="nothing to adopt"):
+        adopt(settings, by="ada")
 
 
 def test_approve_refuses_what_the_gate_refused(promotable: Copy) -> None:

@@ -154,6 +154,18 @@ def test_two_snapshots_are_judged_on_the_newest_alone(home: Path) -> None:
     assert found.metrics["holdout_rows"] == share
 
 
+def test_another_champion_renews_the_verdict_and_registers_nothing(promotable: Copy) -> None:
+    """Version 2 was judged against version 1; production is now version 2 itself or another: no second version."""
+    settings = promotable()
+    registry = Registry(settings)
+    registry.set_tags(2, {"champion": "7", "gate": "refused"})
+    found = retrain(settings, as_of=SECOND_KNOWN)
+    assert (found.result, found.version, found.gate) == ("unchanged", 2, "passed")
+    assert "judged anew" in found.reason
+    assert registry.version(2).tags["champion"] == "1"  # type: ignore[union-attr]
+    assert len(registry.versions()) == 2
+
+
 @pytest.mark.parametrize("step", ["retrain.trained", "retrain.registered"])
 def test_killed_retraining_leaves_nothing_half_done(home: Path, step: str) -> None:
     """No version without its tags; the next run registers, or names what was registered."""

@@ -1,0 +1,346 @@
+"""A small client of Redis and Valkey: commands in, replies out, an answer or StoreDown within 250 ms.
+
+A general client takes longer over a command than the server and the network together, so this knows just what
+the store of features needs. Commands of many requests share a connection; they are answered in their order. A
+connection with a long queue gets a companion, so that a single look-up does not wait behind one of thousands.
+What was sent over a connection that broke is sent once more over another.
+
+While the server is away, one request at a time finds out whether it is back. The others are refused at once,
+and do not take the places of requests that need no look-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from bentos.churn.online import StoreDown
+
+ANSWER_SECONDS = 0.25  # from the question to the answer: connecting, logging in and the second attempt included
+REST_SECONDS = 0.2  # after a failure, before the next attempt
+POOL = 4
+CROWDED = 64  # replies a connection owes before it gets a companion
+
+_SCHEMES = {"redis": False, "rediss": True}
+_SIZES = {b"$%d" % size: size for size in range(256)}
+_CRLF = b"\r\n"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is, and how to get in."""
+
+    host: str
+    port: int = 6379
+    db: int = 0
+    username: str = ""
+    password: str = field(default="", repr=False)
+    tls: bool = False
+    ca_file: str = ""  # empty: the authorities that this machine trusts
+
+    @classmethod
+    def from_url(cls, url: str) -> Address:
+        """Read `redis[s]://[user][:password@]host[:port][/db][?ssl_ca_certs=file]`; what is wrong is a ValueError."""
+        expected = "redis[s]://[user][:password@]host[:port][/db][?ssl_ca_certs=file]"
+        try:
+            parts = urlsplit(url)
+            query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+            address = cls(
+                host=parts.hostname or "",
+                port=parts.port or 6379,
+                db=int(parts.path.strip("/") or 0),
+                username=unquote(parts.username or ""),
+                password=unquote(parts.password or ""),
+                tls=_SCHEMES[parts.scheme],
+                ca_file=query.pop("ssl_ca_certs", ""),
+            )
+        except (ValueError, KeyError):
+            raise ValueError(f"the URL of the online store cannot be read; expected {expected}") from None
+        if not address.host or query or parts.fragment:  # a # or ? in a password cuts the URL
+            raise ValueError(f"the URL of the online store has no host, or more than expected: {expected}")
+        return address
+
+    @property
+    def name(self) -> str:
+        """For people: no secrets in it."""
+        return f"{self.host}:{self.port}"
+
+
+class ReplyError(Exception):
+    """The server's reply to a command is an error; an instance stands where the reply would."""
+
+
+Reply = bytes | int | ReplyError | list[Any] | None
+
+
+def command(*words: bytes) -> bytes:
+    """A command as it goes over the wire."""
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+
+
+class ReplyParser:
+    """Cuts the bytes of a connection into replies. One split of all there is costs a third of looking for each end."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[Reply]:
+        """The replies that are complete now; ValueError if these are none."""
+        parts = (self._rest + data).split(_CRLF)
+        replies: list[Reply] = []
+        at = 0
+        with contextlib.suppress(IndexError):  # the last one is not complete
+            while at < len(parts) - 1:
+                reply, at = _reply(parts, at)
+                replies.append(reply)
+        self._rest = _CRLF.join(parts[at:])
+        return replies
+
+
+def _reply(parts: list[bytes], at: int) -> tuple[Reply, int]:
+    """The reply that begins at a part, and where the next one begins; IndexError if it is not all there."""
+    head = parts[at]
+    kind, rest = head[:1], head[1:]
+    if kind == b"*":
+        count = int(rest)
+        if count < 1:
+            return [], at + 1
+        stop = at + 1 + 2 * count
+        values = parts[at + 2 : stop : 2]
+        if stop < len(parts) and [*map(_SIZES.get, parts[at + 1 : stop : 2])] == [*map(len, values)]:
+            return values, stop
+        items = []
+        at += 1
+        for _ in range(count):  # with nulls, or line ends inside of values
+            if at >= len(parts) - 1:
+                raise IndexError
+            item, at = _reply(parts, at)
+            items.append(item)
+        return items, at
+    if kind == b"$":
+        return _bulk(parts, at, int(rest))
+    if kind == b"-":
+        return ReplyError(rest.decode(errors="replace")), at + 1
+    if kind == b"+":
+        return rest, at + 1
+    if kind == b":":
+        return int(rest), at + 1
+    raise ValueError(f"{head[:40]!r} is no reply")
+
+
+def _bulk(parts: list[bytes], at: int, size: int) -> tuple[bytes | None, int]:
+    if size < 0:
+        return None, at + 1
+    value = parts[at + 1]
+    at += 2
+    while len(value) < size:
+        value += _CRLF + parts[at]
+        at += 1
+    if at >= len(parts):
+        raise IndexError
+    if len(value) != size:
+        raise ValueError("a value is longer than was said")
+    return value, at
+
+
+class _Call:
+    __slots__ = ("count", "future", "replies", "timer")
+
+    def __init__(self, count: int, future: asyncio.Future[list[Reply]]) -> None:
+        self.count = count
+        self.future = future
+        self.replies: list[Reply] = []
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class _Connection(asyncio.Protocol):
+    """One connection. A call that is not answered in time ends it: what comes later would answer another."""
+
+    def __init__(self, on_lost: Callable[[_Connection], None]) -> None:
+        self.owed = 0  # replies
+        self._on_lost = on_lost
+        self._calls: deque[_Call] = deque()
+        self._parser = ReplyParser()
+        self._transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    async def call(self, commands: bytes, count: int, deadline: float) -> list[Reply]:
+        """The replies to `count` commands; TimeoutError after the deadline, ConnectionError if it breaks."""
+        loop = asyncio.get_running_loop()
+        call = _Call(count, loop.create_future())
+        call.timer = loop.call_at(deadline, self._expire, call)
+        self._calls.append(call)
+        self.owed += count
+        self._transport.write(commands)
+        return await call.future
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            replies = self._parser.feed(data)
+            self.owed -= len(replies)
+            for reply in replies:
+                call = self._calls[0]
+                call.replies.append(reply)
+                if len(call.replies) == call.count:
+                    self._calls.popleft()
+                    if call.timer is not None:
+                        call.timer.cancel()
+                    if not call.future.done():
+                        call.future.set_result(call.replies)
+        except (ValueError, IndexError) as error:
+            self.end(f"what answers is no Redis: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.end(f"the connection broke{f': {exc}' if exc else ''}")
+
+    def end(self, reason: str) -> None:
+        """Close it, and tell everybody who waits."""
+        self._on_lost(self)
+        if self._transport is not None:
+            self._transport.abort()
+        while self._calls:
+            call = self._calls.popleft()
+            if call.timer is not None:
+                call.timer.cancel()
+            if not call.future.done():
+                call.future.set_exception(ConnectionError(reason))
+
+    def _expire(self, call: _Call) -> None:
+        if not call.future.done():
+            call.future.set_exception(TimeoutError())
+        self.end("an earlier command was not answered")
+
+
+class RedisClient:
+    """Up to four connections to one server, opened when they are needed, on the event loop that asks."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        login = []
+        if address.password:
+            words = [address.username, address.password] if address.username else [address.password]
+            login.append(command(b"AUTH", *(word.encode() for word in words)))
+        # also for database 0: a server that wants a password says so in reply, where a longer command just ends it
+        login.append(command(b"SELECT", b"%d" % address.db))
+        self._login = b"".join(login)
+        self._login_replies = len(login)
+        self._tls: ssl.SSLContext | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connections: list[_Connection] = []
+        self._opening: asyncio.Task[_Connection] | None = None
+        self._down = ""  # why the last request failed
+        self._try_at = 0.0
+
+    async def ask(self, commands: bytes, count: int, deadline: float) -> list[Reply]:
+        """The replies to `count` commands; StoreDown if they are not there at the deadline, by the loop's clock."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._forget(loop)
+        now = loop.time()
+        if self._down:
+            if now < self._try_at:
+                raise StoreDown(self._down)
+            self._try_at = now + ANSWER_SECONDS  # this one finds out; those that come meanwhile are refused
+        reason = ""
+        for free in (self._free(), None):  # the second attempt takes a connection that was just made
+            try:
+                connection = free or await self._opened(deadline)
+                replies = await connection.call(commands, count, deadline)
+            except TimeoutError:
+                reason = f"no answer within {ANSWER_SECONDS} s"
+                break
+            except OSError as error:
+                reason = str(error)
+            else:
+                self._down = ""
+                return replies
+        self._down = f"{self.address.name}: {reason}"
+        self._try_at = loop.time() + REST_SECONDS
+        raise StoreDown(self._down)
+
+    def close(self) -> None:
+        """Close all connections; may be called from any thread."""
+        with contextlib.suppress(RuntimeError):  # no loop runs here
+            if asyncio.get_running_loop() is self._loop:
+                return self._close()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._close)
+        return None
+
+    def _close(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+        for connection in [*self._connections]:
+            connection.end("the store was closed")
+
+    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Connections belong to the loop they were opened on."""
+        self._loop = loop
+        self._connections = []
+        self._opening = None
+        self._down = ""
+
+    def _free(self) -> _Connection | None:
+        """The connection with the shortest queue."""
+        if not self._connections:
+            return None
+        best = min(self._connections, key=_owed)
+        if best.owed > CROWDED and len(self._connections) < POOL:
+            self._open_soon()
+        return best
+
+    async def _opened(self, deadline: float) -> _Connection:
+        async with asyncio.timeout_at(deadline):
+            return await asyncio.shield(self._open_soon())
+
+    def _open_soon(self) -> asyncio.Task[_Connection]:
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add_done_callback(self._opening_ended)
+        return self._opening
+
+    def _opening_ended(self, task: asyncio.Task[_Connection]) -> None:
+        if task is self._opening:
+            self._opening = None
+        if not task.cancelled():
+            task.exception()  # who waits for it has it; nobody may
+
+    async def _open(self) -> _Connection:
+        address = self.address
+        loop = asyncio.get_running_loop()
+        if address.tls and self._tls is None:
+            self._tls = ssl.create_default_context(cafile=address.ca_file or None)
+        async with asyncio.timeout(ANSWER_SECONDS):
+            connection = _Connection(self._lost)
+            await loop.create_connection(lambda: connection, address.host, address.port, ssl=self._tls)
+            try:
+                deadline = loop.time() + ANSWER_SECONDS
+                for reply in await connection.call(self._login, self._login_replies, deadline):
+                    if isinstance(reply, ReplyError):
+                        raise ConnectionRefusedError(f"not let in: {self._without_secrets(reply)}")
+            except BaseException:
+                connection.end("not let in")
+                raise
+        self._connections.append(connection)
+        return connection
+
+    def _without_secrets(self, error: ReplyError) -> str:
+        text = str(error).split("with args beginning", 1)[0]  # a server may repeat a command it does not know
+        return text.replace(self.address.password, "***") if self.address.password else text
+
+    def _lost(self, connection: _Connection) -> None:
+        if connection in self._connections:
+            self._connections.remove(connection)
+
+
+def _owed(connection: _Connection) -> int:
+    return connection.owed

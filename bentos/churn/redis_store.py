@@ -1,0 +1,179 @@
+"""Feast's Redis layout, read directly: one HMGET for a user, whatever the number of features and views.
+
+A user is one hash. Its key is Feast's entity key, then the project. In it stand, for every feature, a
+serialized value under the murmur hash of `view:feature`, and for every view a timestamp under `_ts:view`. Feast
+writes all fields of a view at once, nulls included: where one alone is missing, something else was at work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any
+
+from bentos.churn.model import Plan, Value
+from bentos.churn.online import (
+    SENTINEL,
+    LayoutMismatch,
+    StoreDown,
+    StoreEmpty,
+    UserFeatures,
+    decode_value,
+    entity_key,
+    read_varint,
+)
+from bentos.churn.redis_client import ANSWER_SECONDS, Address, RedisClient, Reply, ReplyError, command
+
+LARGE = 64  # users; reads of more take turns, so that none waits for its answer behind the others
+TURN_SECONDS = 5.0
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MISMATCH = f"the online store's row of {SENTINEL} is not in the layout of Feast that is read here"
+_REMEMBERED = 4096  # values and timestamps: most are the same for many users
+
+Row = list[bytes | None]
+
+
+def murmur(data: bytes) -> int:
+    """MurmurHash3 of 32 bits with seed 0, as Feast names fields. https://github.com/aappleby/smhasher"""
+    length = len(data)
+    mixed = 0
+    for at in range(0, length, 4):
+        block = int.from_bytes(data[at : at + 4], "little") * 0xCC9E2D51 & 0xFFFFFFFF
+        mixed ^= ((block << 15 | block >> 17) & 0xFFFFFFFF) * 0x1B873593 & 0xFFFFFFFF
+        if at + 4 <= length:
+            mixed = ((mixed << 13 | mixed >> 19) & 0xFFFFFFFF) * 5 + 0xE6546B64 & 0xFFFFFFFF
+    mixed ^= length
+    mixed = (mixed ^ mixed >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return mixed ^ mixed >> 16
+
+
+def field_name(view: str, feature: str) -> bytes:
+    """The field of a user's hash that holds a feature."""
+    return murmur(f"{view}:{feature}".encode()).to_bytes(4, "little")
+
+
+def decode_instant(data: bytes) -> datetime:
+    """The instant in a serialized `google.protobuf.Timestamp`; StoreDown if it is none."""
+    found = {0x08: 0, 0x10: 0}  # seconds, nanoseconds
+    try:
+        at = 0
+        while at < len(data):
+            tag = data[at]
+            number, at = read_varint(data, at + 1)
+            if found[tag]:
+                break
+            found[tag] = number - 2**64 if number >= 2**63 else number
+        else:
+            return _EPOCH + timedelta(seconds=found[0x08], microseconds=found[0x10] // 1000)
+    except (KeyError, IndexError, OverflowError):
+        pass
+    raise StoreDown(f"the online store holds {data[:16]!r}, which is no timestamp")
+
+
+_value = lru_cache(_REMEMBERED)(decode_value)
+_instant = lru_cache(_REMEMBERED)(decode_instant)
+
+
+class RedisStore:
+    """Feast's Redis online store. What to ask and how to read the answer is settled when the model is loaded."""
+
+    def __init__(self, url: str, project: str, plan: Plan) -> None:
+        self._client = RedisClient(Address.from_url(url))
+        self._large = asyncio.Lock()
+        self._project = project.encode()
+        self._plan = plan
+        # measurements hardly repeat: remembering them would only push the others out
+        self._decoders: list[Callable[[Any], Value | None]] = [
+            decode_value if feature.kind == "float" else _value for feature in plan.features
+        ]
+        self._views = tuple(dict.fromkeys(feature.view for feature in plan.features))
+        fields = [field_name(f.view, f.name) for f in plan.features] + [f"_ts:{v}".encode() for v in self._views]
+        self._features = len(plan.features)
+        self._size = len(fields)
+        head, tail = command(b"HMGET", b"", *fields).split(b"$0\r\n\r\n")
+        self._head, self._tail = head + b"$", b"\r\n" + tail
+        self._ask_sentinel = self._command(SENTINEL) + command(b"HLEN", self._key(SENTINEL))
+
+    async def read(self, user_ids: Sequence[str]) -> list[UserFeatures | None]:
+        """The features of each user, None for an unknown one; raises StoreDown or StoreEmpty."""
+        if len(user_ids) <= LARGE:
+            return await self._read(user_ids)
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._large.acquire()
+        except TimeoutError:
+            raise StoreDown(f"too many large look-ups: no turn within {TURN_SECONDS} s") from None
+        try:
+            return await self._read(user_ids)
+        finally:
+            self._large.release()
+
+    async def _read(self, user_ids: Sequence[str]) -> list[UserFeatures | None]:
+        deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
+        rows = await self._client.ask(b"".join([self._command(u) for u in user_ids]), len(user_ids), deadline)
+        absent: set[str] = set()
+        found = [self._user(self._row(reply), absent) for reply in rows]
+        if absent:
+            await self._check_sentinel(absent, deadline)
+        return found
+
+    async def probe(self) -> None:
+        """Return if every view holds the sentinel; raise StoreDown, StoreEmpty or LayoutMismatch if not."""
+        await self._check_sentinel(self._views, asyncio.get_running_loop().time() + ANSWER_SECONDS)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def _key(self, user_id: str) -> bytes:
+        return entity_key(user_id) + self._project
+
+    def _command(self, user_id: str) -> bytes:
+        key = self._key(user_id)
+        return b"%b%d\r\n%b%b" % (self._head, len(key), key, self._tail)
+
+    def _row(self, reply: Reply) -> Row:
+        if reply.__class__ is not list or len(reply) != self._size:
+            raise StoreDown(f"{self._client.address.name}: {reply if isinstance(reply, ReplyError) else 'odd reply'}")
+        return reply
+
+    def _user(self, row: Row, absent: set[str]) -> UserFeatures | None:
+        """What a row says; views without one are added to `absent`."""
+        if None in row:
+            here = self._present(row)
+            absent.update(view for view in self._views if view not in here)
+            if not here:
+                return None
+        # the timestamps follow the values; nothing at all is decoded to None, as a null is
+        values = {n: decode(raw) for n, decode, raw in zip(self._plan.names, self._decoders, row, strict=False)}
+        stamps = zip(self._views, row[self._features :], strict=True)
+        return UserFeatures(values, {view: _instant(raw) for view, raw in stamps if raw is not None})
+
+    def _present(self, row: Row) -> set[str]:
+        """The views that the row has all fields of; StoreEmpty if it has some of a view's and not others."""
+        stamped = {v for v, raw in zip(self._views, row[self._features :], strict=True) if raw is not None}
+        for feature, raw in zip(self._plan.features, row, strict=False):
+            if (raw is None) == (feature.view in stamped):
+                lacking = feature.name if raw is None else "its timestamp"
+                raise StoreEmpty(f"a row of {feature.view} online lacks {lacking}; materialize writes it again")
+        return stamped
+
+    async def _check_sentinel(self, views: Collection[str], deadline: float) -> None:
+        reply, fields = await self._client.ask(self._ask_sentinel, 2, deadline)
+        absent: set[str] = set()
+        if isinstance(reply, ReplyError) and str(reply).startswith("WRONGTYPE"):
+            raise LayoutMismatch(f"{_MISMATCH}: {reply}")
+        row = self._row(reply)
+        try:
+            sentinel = self._user(row, absent)
+        except (StoreDown, StoreEmpty) as error:
+            raise LayoutMismatch(f"{_MISMATCH}: {error}") from None
+        if sentinel is None and isinstance(fields, int) and fields:
+            raise LayoutMismatch(f"{_MISMATCH}: {fields} fields, but none of {', '.join(self._views)}")
+        wiped = [view for view in self._views if view in views and view in absent]
+        if wiped:
+            raise StoreEmpty(f"the online store has no rows of {', '.join(wiped)}; materialize fills it again")
