@@ -39,8 +39,9 @@ test: setup ## Run all tests, three demos among them (15 minutes on two cores)
 test-quick: setup ## Run the tests without the demos
 	$(BIN)/pytest -m "not demo"
 
-bench: setup ## Measure what the commands cost
+bench: setup ## Measure what the commands cost, and the service against three other builds (needs wrk, redis, postgresql)
 	@$(BIN)/python -W ignore -m tests.bench.commands
+	@$(BIN)/python -W ignore -m tests.bench.serving
 
 lint: setup ## Run ruff and mypy
 	$(BIN)/ruff check .

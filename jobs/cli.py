@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -378,10 +379,11 @@ def settings(json_: Json = False) -> None:
         from jobs.settings import Settings
 
         if json_:
-            typer.echo(found.model_dump_json(indent=1))
+            typer.echo(re.sub(r"//([^/@\"]*:)?[^/@\"]*@", r"//***@", found.model_dump_json(indent=1)))
             return
         for name, field in Settings.model_fields.items():
-            typer.echo(f"CHURN_{name.upper():<24} {getattr(found, name)!s:<24} {field.description}")
+            value = re.sub(r"//([^/@]*:)?[^/@]*@", r"//***@", str(getattr(found, name)))  # no password on a screen
+            typer.echo(f"CHURN_{name.upper():<24} {value:<24} {field.description}")
 
 
 @app.command()

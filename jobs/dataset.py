@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from bentos.churn.database import sqlite_path
 from bentos.churn.redis_client import Address
 from feature_repo.columns import ENTITY, LABEL, POPULATION
+from jobs.lease import lease
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots, instant
 
@@ -64,14 +66,18 @@ def feature_store(settings: Settings) -> FeatureStore:
     settings.home.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(config=RepoConfig(**yaml.safe_load(filled), repo_path=settings.home.resolve()))
     if not _applied(store, _definitions(settings)):
-        apply(settings, store)
+        with lease(
+            settings.home.resolve() / "feast-apply.lock", wait=60
+        ):  # Feast's own first apply does not bear company
+            if not _applied(store, _definitions(settings)):
+                apply(settings, store)
     return store
 
 
 def online_store(url: str) -> dict[str, Any]:
     """Feast's section `online_store` for the store at this URL, which is what the service is given, too."""
     if url.startswith("sqlite:///"):
-        return {"type": "sqlite", "path": url.removeprefix("sqlite:///")}
+        return {"type": "sqlite", "path": str(sqlite_path(url))}
     if not url.startswith(("redis://", "rediss://")):
         raise ValueError(f"{url.split('://', 1)[0]}:// is no online store; expected sqlite:///, redis:// or rediss://")
     address = Address.from_url(url)

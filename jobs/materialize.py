@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from feature_repo.columns import ENTITY, POPULATION
+from bentos.churn.database import sqlite_path
+from bentos.churn.online import entity_key
+from feature_repo.columns import ENTITY, FEATURE_TABLES, POPULATION, view_name
 from jobs import dataset
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots, instant
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 SENTINEL = "__sentinel__"
 SAMPLE = 200  # users read back
 DAY = timedelta(days=1)
+CHUNK = 1000  # users read from the online store at a time
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def materialize(settings: Settings, *, as_of: datetime, dry_run: bool = False) -
     if online is None:
         dataset.apply(settings, store)
     _let_readers_read(settings)
+    if online == end and _forget_removed(settings, store, snapshots, day):
+        start = end - settings.feature_ttl  # what was true of them before is written again
     log.info("materializing (%s, %s]: %d users, full=%s", start, end, users, full)
     for begin, until in _windows(snapshots, start, end):
         with contextlib.redirect_stdout(io.StringIO()):  # Feast prints; our standard output is for people and --json
@@ -90,10 +95,48 @@ def materialize(settings: Settings, *, as_of: datetime, dry_run: bool = False) -
     return MaterializeResult("materialized", reason, day, start, users, full, compared)
 
 
+def _forget_removed(settings: Settings, store: FeatureStore, snapshots: Snapshots, day: date) -> int:
+    """Take rows out of the online store that a corrected snapshot of the same day no longer has; how many."""
+    population = snapshots.read(POPULATION, day).index
+    plan, count = dataset.features_of(store), 0
+    for table in FEATURE_TABLES:
+        absent = population.difference(snapshots.read(table.name, day).index).tolist()
+        name = next(feature.name for feature in plan if feature.view == view_name(table.name))
+        for start in range(0, len(absent), CHUNK):
+            users = absent[start : start + CHUNK]
+            stamps = _read_online(store, users, timestamps=True)[f"{name}__ts"]
+            removed = [u for u, stamp in zip(users, stamps, strict=True) if stamp == instant(day).timestamp()]
+            if removed:
+                _delete(settings, view_name(table.name), [f.name for f in plan], removed)
+                count += len(removed)
+    if count:
+        log.info("%d rows of %s were taken out by a correction", count, day)
+    return count
+
+
+def _delete(settings: Settings, view: str, features: Sequence[str], users: Sequence[str]) -> None:
+    """Feast has no call for this: rows of a view, by its layout, which the service reads as well."""
+    url = settings.online_store
+    if url.startswith("sqlite"):
+        with contextlib.closing(sqlite3.connect(sqlite_path(url), timeout=30)) as connection, connection:
+            sql = f'DELETE FROM "{settings.feast_project}_{view}" WHERE entity_key = ?'  # noqa: S608  our own names
+            connection.executemany(sql, [(entity_key(user),) for user in users])
+        return
+    from redis import Redis
+
+    from bentos.churn.redis_store import field_name
+
+    fields = [*(field_name(view, feature) for feature in features), f"_ts:{view}".encode()]
+    with Redis.from_url(url, socket_timeout=60) as client, client.pipeline(transaction=False) as pipeline:
+        for user in users:
+            pipeline.hdel(entity_key(user) + settings.feast_project.encode(), *fields)
+        pipeline.execute()
+
+
 def _let_readers_read(settings: Settings) -> None:
     """SQLite: put the file into WAL mode, so that the service reads while this writes."""
     if settings.online_store.startswith("sqlite"):
-        with contextlib.closing(sqlite3.connect(settings.online_store.removeprefix("sqlite:///"))) as connection:
+        with contextlib.closing(sqlite3.connect(sqlite_path(settings.online_store))) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
 
 
@@ -156,12 +199,17 @@ def read_back(settings: Settings, store: FeatureStore, day: date) -> int:
     plan = dataset.features_of(store)
     users = _sample(Snapshots(settings.snapshots), day)
     offline = dataset.feature_frame(settings, day).loc[users]
-    found = _read_online(store, users, timestamps=False)
+    found = _read_online(store, users, timestamps=True)
     order = pd.Index(found[ENTITY])
+    oldest = (instant(day) - settings.feature_ttl).timestamp()
+    outdated = pd.DataFrame({f.name: [t < oldest for t in found[f"{f.name}__ts"]] for f in plan}, index=order).loc[
+        users
+    ]
     online = dataset.canonical(pd.DataFrame({f.name: found[f.name] for f in plan}, index=order), plan).loc[users]
     for feature in plan:
         left, right = offline[feature.name], online[feature.name]
         differs = (left != right) & ~(left.isna() & right.isna())
+        differs &= ~(left.isna() & outdated[feature.name])  # too old for training; online it is there, and stale
         if differs.any():
             user = str(differs.idxmax())
             raise OnlineMismatch(

@@ -192,7 +192,7 @@ class Registry:
         from mlflow import MlflowClient
 
         if not self.url.startswith("http"):
-            Path(self.url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            sqlite_path(self.url).parent.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(self.url)
         mlflow.set_registry_uri(self.url)
         return MlflowClient(self.url, self.url)

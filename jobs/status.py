@@ -45,9 +45,8 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
     """Everything `churn status` shows, as plain values; a store that does not answer becomes an entry in `problems`."""
     serving = serving or LocalServing(settings)
     problems: list[str] = []
-    tables = _ask(
-        lambda: _tables(settings), problems, "the database", "start it, or correct CHURN_DATABASE_URL"
-    ) or _Tables()  # fmt: skip
+    read = _ask(lambda: _tables(settings), problems, "the database", "start it, or correct CHURN_DATABASE_URL")
+    tables = read or _Tables()
     aliases = _ask(
         lambda: Registry(settings).aliases(), problems, "the model registry", "start it, or correct CHURN_MLFLOW_URL"
     )
@@ -63,7 +62,7 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
         problems += _of_serving(rollout)
     if last is not None and last.result in ("failed", "interrupted"):
         problems.append(f"the last promotion (version {last.to_version}) {last.result}: {last.reason}")
-    if tables.predictions is not None and aliases is not None and rollout is not None and open_row is None:
+    if read is not None and aliases is not None and rollout is not None and open_row is None:
         problems += _disagreements(aliases.get(PRODUCTION), good, rollout.served_tag)
     retraining = None if training is None else training.result
     if training is not None and retraining is None and _was_killed(settings, training.id):

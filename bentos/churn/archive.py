@@ -83,6 +83,8 @@ def _unpack(data: bytes, folder: Path) -> None:
                     raise ArchiveError(f"the archive has more than {MAX_MEMBERS:,} members or {MAX_BYTES:,} bytes")
                 tar.extract(member, folder, filter="data")
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # a full disk does not make it a bad archive
+            raise
         if isinstance(error, ArchiveError):
             raise
         raise ArchiveError(f"the archive cannot be read: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -36,6 +37,28 @@ def monthly_fee(settings: Settings, user: str) -> float:
     return float(found["monthly_fee"][0])
 
 
+def watch_hours(settings: Settings, user: str) -> float | None:
+    store = dataset.feature_store(settings)
+    found = store.get_online_features(["usage_agg_30d:watch_hours_30d"], [{"user_id": user}]).to_dict()
+    value: float | None = found["watch_hours_30d"][0]
+    return value
+
+
+def test_a_skipped_month_leaves_older_rows_online(home: Path) -> None:
+    """Users absent from the newest usage table keep their row of two months before: stale, and no mismatch."""
+    from datetime import date
+
+    settings = settings_for(home)
+    materialize(settings, as_of=instant(FIRST))
+    snapshots = Snapshots(settings.snapshots)
+    tables = {name: snapshots.read(name, SECOND) for name in snapshots.tables(SECOND) if name != "labels"}
+    tables["usage_agg_30d"] = tables["usage_agg_30d"].iloc[1500:]
+    snapshots.write(date(2024, 3, 31), tables, {})
+    shutil.rmtree(snapshots.root / SECOND.isoformat())
+    found = materialize(settings, as_of=instant(date(2024, 3, 31)))
+    assert found.result == "materialized"
+
+
 def test_the_story_of_a_store(home: Path) -> None:
     """One store through a month's life, because each materialization costs seconds."""
     settings = settings_for(home)
@@ -60,6 +83,15 @@ def test_the_story_of_a_store(home: Path) -> None:
     snapshots.write(SECOND, tables, {})
     materialize(settings, as_of=instant(SECOND))
     assert monthly_fee(settings, user) == 77.25, "corrected data for the same day replaces the old"
+
+    gone, *others = tables["usage_agg_30d"].index[:100]
+    tables["usage_agg_30d"] = tables["usage_agg_30d"].drop(index=[gone, *others])
+    snapshots.write(SECOND, tables, {})
+    materialize(settings, as_of=instant(SECOND))
+    before = snapshots.read("usage_agg_30d", FIRST)["watch_hours_30d"].get(gone)
+    assert watch_hours(settings, str(gone)) == before, (
+        "what a correction takes out is forgotten, the month before stays"
+    )
 
     execute(settings, f"DELETE FROM {settings.feast_project}_subscriptions_profile WHERE rowid % 2")
     halved = materialize(settings, as_of=instant(SECOND))

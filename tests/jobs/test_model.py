@@ -124,17 +124,20 @@ def test_a_row_over_http_is_the_row_in_bulk(model: Model) -> None:
 
 
 def test_a_clear_stayer_scores_below_a_clear_leaver(model: Model) -> None:
-    anybody = model.users.iloc[[0]].assign(plan_stream_tv="False", plan_stream_movies="False", paperless_billing=0.0)
-    common = {"monthly_fee": 60.0, "watch_hours_30d": 30.0}
-    stayer = anybody.assign(
-        **common, contract_type="Two year", net_service="DSL", months_active=70.0, total_paid=4200.0,
-        failed_payments_90d=0.0, support_tickets_90d=0.0, rebuffer_events_7d=0.0,
-    )  # fmt: skip
-    leaver = anybody.assign(
-        **common, contract_type="Month-to-month", net_service="Fiber optic", months_active=2.0, total_paid=120.0,
-        failed_payments_90d=3.0, support_tickets_90d=3.0, rebuffer_events_7d=6.0,
-    )  # fmt: skip
-    (low,), (high,) = model.score(stayer), model.score(leaver)
+    anybody = model.users.iloc[0].to_dict() | {
+        "net_service": "Fiber optic", "plan_stream_tv": False, "plan_stream_movies": False, "paperless_billing": False,
+        "monthly_fee": 70.0, "watch_hours_30d": 30.0,
+    }  # fmt: skip
+    stayer = anybody | {
+        "contract_type": "Two year", "net_service": "DSL", "months_active": 70, "total_paid": 4900.0,
+        "failed_payments_90d": 0, "support_tickets_90d": 0, "rebuffer_events_7d": 0,
+    }  # fmt: skip
+    leaver = anybody | {
+        "contract_type": "Month-to-month", "months_active": 2, "total_paid": 140.0,
+        "failed_payments_90d": 3, "support_tickets_90d": 3, "rebuffer_events_7d": 6,
+    }  # fmt: skip
+    rows = [model.scorer.encode(row) for row in (stayer, leaver)]
+    low, high = model.scorer.score(np.asarray(rows, dtype=np.float32))
 
     assert low < model.scorer.threshold <= high
     assert low < 0.1

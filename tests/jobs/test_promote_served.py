@@ -62,11 +62,11 @@ def wrong_golden(data: bytes) -> bytes:
 
 
 def crash(data: bytes) -> bytes:
-    return b"raise SystemExit('broken build')\n" + data
+    return data + b"\nraise SystemExit('broken build')\n"
 
 
 def slow(data: bytes) -> bytes:
-    return b"import time; time.sleep(60)\n" + data
+    return data + b"\nimport time; time.sleep(60)\n"
 
 
 BREAKS = {

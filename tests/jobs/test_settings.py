@@ -51,9 +51,7 @@ def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, va
         ('"dummy"', "'dummy'", "tuple"),
     ],
 )
-def test_candidates_are_estimators_we_have(
-    monkeypatch: pytest.MonkeyPatch, value: str, found: str, says: str
-) -> None:
+def test_candidates_are_estimators_we_have(monkeypatch: pytest.MonkeyPatch, value: str, found: str, says: str) -> None:
     monkeypatch.setenv("CHURN_CANDIDATES", value)
     with pytest.raises(SettingsError) as error:
         load_settings()
@@ -86,7 +84,12 @@ DATABASES = "sqlite:///, postgresql:// or postgresql+psycopg://"
         ("CHURN_DATABASE_URL", "churn:hunter2@db://churn", "no URL", DATABASES),
         ("CHURN_DATABASE_URL", "sqlite://", "sqlite://…", DATABASES),
         ("CHURN_DATABASE_URL", "postgresql://", "postgresql://…", DATABASES),
-        ("CHURN_MLFLOW_URL", "postgresql://mlflow:hunter2@db/mlflow", "postgresql://…", "http://, https:// or sqlite:///"),
+        (
+            "CHURN_MLFLOW_URL",
+            "postgresql://mlflow:hunter2@db/mlflow",
+            "postgresql://…",
+            "http://, https:// or sqlite:///",
+        ),
         ("CHURN_MLFLOW_URL", "http://mlflow:hunter2@mlflow:5000", "http://…", "no user or password in it"),
         ("CHURN_ONLINE_STORE_URL", "http://:hunter2@redis", "http://…", "sqlite:///, redis:// or rediss://"),
         ("CHURN_ONLINE_STORE_URL", "redis:6379", "no URL", "sqlite:///, redis:// or rediss://"),
