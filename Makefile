@@ -33,11 +33,11 @@ serve: setup ## Serve what the demo left in production, until Ctrl-C
 	@test -f .churn/churn.db || { echo "nothing to serve yet: make demo"; exit 1; }
 	$(BIN)/churn serve
 
-test: setup ## Run all tests, three demos among them (15 minutes on two cores)
-	$(BIN)/pytest
+test: setup ## Run all tests, three demos among them (17 minutes on two cores)
+	$(BIN)/pytest -m "not bench"
 
 test-quick: setup ## Run the tests without the demos
-	$(BIN)/pytest -m "not demo"
+	$(BIN)/pytest -m "not demo and not bench"
 
 bench: setup ## Measure what the commands cost, and the service against three other builds (needs wrk, redis, postgresql)
 	@$(BIN)/python -W ignore -m tests.bench.commands

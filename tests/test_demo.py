@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,7 +90,8 @@ def test_a_demo_that_is_ended_leaves_nothing_running(tmp_path: Path) -> None:
         assert time.monotonic() < end and process.poll() is None, "the service did not start"
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=60) == 130
+    # 130, or ended by the interrupt itself when it fell into a library's clean-up: a shell shows 130 for both
+    assert process.wait(timeout=60) in (130, -signal.SIGINT)
     assert serving.status() is None
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.bench import load, serving
 
 
+@pytest.mark.bench
 def test_every_build_answers_and_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if load.wrk() is None:
         pytest.skip("no wrk here: apt-get install wrk")
