@@ -46,7 +46,7 @@ def wait_for(address: str, seconds: float = 90.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with (
-            contextlib.suppress(OSError, urllib.error.URLError),
+            contextlib.suppress(OSError),
             urllib.request.urlopen(f"{address}/health", timeout=2),
         ):
             return True

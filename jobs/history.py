@@ -69,6 +69,10 @@ class History:
         """The newest promotions first."""
         return self._rows(sa.select(promotions).order_by(promotions.c.id.desc()).limit(limit))
 
+    def newest_id(self) -> int:
+        """The number of the newest promotion, 0 if there was none."""
+        return max((row.id for row in self.rows(limit=1)), default=0)
+
     def interruptions(self) -> list[Promotion]:
         """The interrupted attempts at one version since anything else happened, newest first."""
         result: list[Promotion] = []

@@ -15,8 +15,8 @@ from jobs.database import bentos, connect
 from jobs.history import GOOD, History, Pin
 from jobs.lease import lease
 from jobs.package import bento_of
-from jobs.promote import SPENT_TAGS, Promoter, PromoteResult
-from jobs.registry import CANDIDATE, PRODUCTION, Registry
+from jobs.promote import Promoter, PromoteResult
+from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry
 from jobs.serving import LocalServing, Serving
 from jobs.settings import Settings
 
@@ -100,9 +100,8 @@ def adopt(settings: Settings, *, by: str, serving: Serving | None = None) -> str
     """Go on from what serves, when the database was restored from a backup older than that; returns the tag."""
     engine, serving = connect(settings.database), serving or LocalServing(settings)
     history = History(engine)
-    newest = max((row.id for row in history.rows(limit=1)), default=0)
     tag = serving.served_tag()
-    if tag is None or serving.fence() <= newest:
+    if tag is None or serving.fence() <= history.newest_id():
         raise NothingToDo(f"the database knows what serves ({tag}); there is nothing to adopt")
     version = int(tag.split(":v", 1)[1].split("-", 1)[0])
     found = Registry(settings).version(version)

@@ -23,17 +23,21 @@ from jobs.failpoints import failpoint
 from jobs.history import History, Pin, Promotion
 from jobs.lease import Held, lease
 from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, prune_bentos
-from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelRefused, ModelVersion, Registry, RegistryError
+from jobs.registry import (
+    CANDIDATE,
+    PREVIOUS,
+    PRODUCTION,
+    SPENT_TAGS,
+    ModelRefused,
+    ModelVersion,
+    Registry,
+    RegistryError,
+)
 from jobs.serving import LocalServing, ServedTagChanged, Serving, StaleFence
 from jobs.settings import Mode, Settings
 
 log = logging.getLogger(__name__)
 
-SPENT_TAGS = (
-    "promoted_at",
-    "rolled_back",
-    "promotion_failed",
-)  # a version with one is not promoted again unasked
 POLL = 0.1  # seconds between looks at a rollout
 GOLDEN_TOLERANCE = 1e-6
 
@@ -257,7 +261,7 @@ class Promoter:
 
     def _refuse_older_database(self) -> None:
         """Raise if the served tag was written by a promotion that the record does not know: a restored backup."""
-        newest = max((row.id for row in self.history.rows(limit=1)), default=0)
+        newest = self.history.newest_id()
         if self.serving.fence() > newest:
             wrote = f"{self.serving.served_tag()} was written by promotion {self.serving.fence()}"
             remedy = "was an older backup restored? `churn adopt` goes on from what serves"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRODUCTION, CANDIDATE, PREVIOUS = "production", "candidate", "previous"
+SPENT_TAGS = ("promoted_at", "rolled_back", "promotion_failed")  # a version with one is not promoted again unasked
 TIMEOUT = 10  # seconds, for one call
 
 # Types in our pipelines that skops does not trust by itself; each was read and holds plain arrays and numbers.

@@ -27,7 +27,7 @@ from jobs import database, dataset, evaluation, gate
 from jobs.candidates import Selection, select
 from jobs.failpoints import failpoint
 from jobs.lease import Held, lease
-from jobs.registry import CANDIDATE, ModelVersion, Registry, TrainingRun
+from jobs.registry import CANDIDATE, SPENT_TAGS, ModelVersion, Registry, TrainingRun
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
 
@@ -143,7 +143,7 @@ def _retrain(settings: Settings, *, as_of: datetime, dry_run: bool) -> RetrainRe
     fingerprint = training.fingerprint
     same = _same_version(registry, fingerprint, settings_fingerprint)
     champion_number = "" if champion is None else str(champion.version)
-    if same is not None and same.tags.get("champion") in (champion_number, str(same.version)):
+    if same is not None and same.tags.get("champion") == champion_number:
         if not dry_run:
             _name(registry, same)
         reason = f"version {same.version} has the same data and settings"
@@ -198,7 +198,7 @@ def _same_version(registry: Registry, data: str, settings: str) -> ModelVersion 
 def _name(registry: Registry, version: ModelVersion) -> None:
     """Give the alias `candidate` to a version that was registered by a job killed before it could."""
     named = registry.aliases().get(CANDIDATE)
-    spent = {"promoted_at", "rolled_back", "promotion_failed"} & set(version.tags)
+    spent = any(tag in version.tags for tag in SPENT_TAGS)
     if not spent and (named is None or named < version.version):
         registry.set_alias(CANDIDATE, version.version)
 
