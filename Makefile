@@ -52,9 +52,16 @@ format: setup ## Put the code into the project's format
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-lock: setup ## Resolve requirements.in into requirements.txt anew
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	    --no-emit-index-url --no-emit-find-links requirements.in -o requirements.txt
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+    --no-emit-index-url --no-emit-find-links
+
+lock: setup ## Resolve requirements.in into requirements.txt anew, and the images' parts of it
+	$(COMPILE) requirements.in -o requirements.txt
+	@# the whole is the constraint of the parts, so that all images agree with what was tested
+	for image in jobs serving mlflow; do \
+	    $(COMPILE) --constraint requirements.txt $$(ls images/$$image/overrides.txt 2>/dev/null | sed 's/^/--override /') \
+	        images/$$image/requirements.in -o images/$$image/requirements.txt || exit 1; \
+	done
 
 clean: ## Remove what make created in this checkout, a demo and its data included
 	@test ! -x $(BIN)/churn || $(BIN)/churn stop

@@ -119,6 +119,13 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
+def _today(settings: Settings) -> datetime:
+    """The instant a job reasons about if none is given: now, or the end of the day that the settings take for today."""
+    if settings.as_of is None:
+        return _now()
+    return datetime(settings.as_of.year, settings.as_of.month, settings.as_of.day, 23, 59, 59, tzinfo=UTC)
+
+
 @app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Where to write; one sub-folder a snapshot.")],
@@ -188,13 +195,14 @@ def materialize(as_of: AsOf = None, dry_run: DryRun = False, json_: Json = False
         refused: Exception | None = None
         if settings.snapshots_source is not None and not dry_run:
             from jobs.ingest import DeliveriesRefused, ingest_source
+            from jobs.sources import SourceError
 
             try:
                 for delivery in ingest_source(settings, now=_now()):
                     log.info("ingested %s: %s", delivery.day, delivery.result)
-            except DeliveriesRefused as error:  # the good ones are in; features of those go online, then this job fails
+            except (DeliveriesRefused, SourceError) as error:  # what is in goes online, then this job fails
                 refused = error
-        _print(run(settings, as_of=as_of or _now(), dry_run=dry_run), json_)
+        _print(run(settings, as_of=as_of or _today(settings), dry_run=dry_run), json_)
         if refused is not None:
             raise refused
 
@@ -209,16 +217,26 @@ def drift(
     """Compare users with those the production model learned from; start retraining if need be."""
     with _job(json_) as settings:
         from jobs.drift import check_drift
-        from jobs.retrain import retrain as start
 
-        at = as_of or _now()
+        at = as_of or _today(settings)
+
+        def start(reason: str) -> object:
+            if settings.deployment:
+                from jobs.cluster import start_job
+
+                dated = ["--as-of", f"{as_of:%Y-%m-%d}"] if as_of else []
+                return start_job(settings, "retrain", ["--wanted-by", "drift", "--reason", reason, *dated], why=reason)
+            from jobs.retrain import retrain
+
+            return retrain(settings, as_of=at, wanted_by="drift", reason=reason)
+
         result = check_drift(
             settings,
             as_of=at,
             now=_now(),
             dry_run=dry_run,
             force=force,
-            start_retrain=lambda reason: start(settings, as_of=at, wanted_by="drift", reason=reason),
+            start_retrain=start,
         )
         _print(
             result.as_json(),
@@ -249,7 +267,7 @@ def retrain(
     with _job(json_) as settings:
         from jobs.retrain import retrain as run
 
-        result = run(settings, as_of=as_of or _now(), wanted_by=wanted_by, reason=reason, dry_run=dry_run)
+        result = run(settings, as_of=as_of or _today(settings), wanted_by=wanted_by, reason=reason, dry_run=dry_run)
         _print(result, json_, keys=("result", "version", "gate", "reason", "algorithm", "trained_on", "known_at"))
 
 
@@ -268,7 +286,25 @@ def score(as_of: AsOf = None, dry_run: DryRun = False, json_: Json = False) -> N
     with _job(json_) as settings:
         from jobs.score import score as run
 
-        _print(run(settings, as_of=as_of or _now(), dry_run=dry_run), json_)
+        _print(run(settings, as_of=as_of or _today(settings), dry_run=dry_run), json_)
+
+
+@app.command()
+def bootstrap(as_of: AsOf = None, json_: Json = False) -> None:
+    """Bring a new release up: tables, data, features, a first model, its promotion; again, what is left of it."""
+    with _job(json_) as settings:
+        from jobs.bootstrap import bootstrap as run
+
+        _print(run(settings, as_of=as_of or _today(settings), now=_now()), json_)
+
+
+@app.command()
+def check(json_: Json = False) -> None:
+    """Ask the service for a golden row of what it serves; exit code 1 if the score is not the stored one."""
+    with _job(json_) as settings:
+        from jobs.check import check as run
+
+        _print(run(settings), json_)
 
 
 @app.command()
@@ -383,6 +419,7 @@ def settings(json_: Json = False) -> None:
             return
         for name, field in Settings.model_fields.items():
             value = re.sub(r"//([^/@]*:)?[^/@]*@", r"//***@", str(getattr(found, name)))  # no password on a screen
+            value = re.sub(r"(https?://[^?]*)\?.*", r"\1?***", value)  # nor a signature
             typer.echo(f"CHURN_{name.upper():<24} {value:<24} {field.description}")
 
 

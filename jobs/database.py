@@ -3,6 +3,9 @@
 SQLAlchemy Core, on SQLite or Postgres. Alembic makes and upgrades the tables; it is imported only when the
 stored revision differs from `REVISION`, because `promote` opens the database every minute.
 The service writes `predictions` itself, without SQLAlchemy: see `bentos.churn.shipper`.
+
+On Postgres all of it lives in the first schema of the connection's search_path, which is made if need be: with
+`PGOPTIONS="-c search_path=churn"`, which every pod of the chart has, releases share a database without meeting.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-from bentos.churn.database import POSTGRES_PARAMETERS, is_sqlite
+from bentos.churn.database import POSTGRES_PARAMETERS, is_sqlite, with_pgoptions
 
 REVISION = "0001"
 LOCK_SECONDS = 30  # for another process to finish writing (SQLite) or migrating
@@ -202,7 +205,9 @@ def _revision(engine: sa.Engine) -> str | None:
     """The revision of the tables that are there; None if there are none."""
     try:
         with engine.connect() as connection:  # which rolls back, however this ends
-            stored: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+            schema = _asked_schema(connection)
+            table = f"{_quoted(connection, schema)}.alembic_version" if schema else "alembic_version"
+            stored: str | None = connection.exec_driver_sql(f"SELECT version_num FROM {table}").scalar()  # noqa: S608
             return stored
     except sa.exc.DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) == "42P01" or "no such table" in str(error.orig):
@@ -253,9 +258,10 @@ def _make_folder(url: sa.URL) -> None:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
 
 
-def _postgres_arguments(url: sa.URL) -> dict[str, str]:
+def _postgres_arguments(url: sa.URL) -> dict[str, Any]:
     arguments = {**POSTGRES_PARAMETERS, "application_name": "churn-jobs"}
-    return {name: value for name, value in arguments.items() if name not in url.query}
+    missing = {name: value for name, value in arguments.items() if name not in url.query}
+    return {**missing, **with_pgoptions({name: url.query[name] for name in url.query if name == "options"})}
 
 
 def _limit_statements(connection: Any, _: Any) -> None:
@@ -284,7 +290,11 @@ def _migrate(url: str, command: Callable[[Any, str], None], revision: str) -> No
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.set_main_option("path_separator", "os")
+    ensure_schema(url)
     with _transaction(url) as connection:  # Alembic reads the stored revision when nobody else migrates
+        schema = _asked_schema(connection)
+        if schema:  # and not what another release has in a later entry of search_path
+            connection.exec_driver_sql(f"SET LOCAL search_path TO {_quoted(connection, schema)}")
         config.attributes["connection"] = connection
         command(config, revision)
 
@@ -313,6 +323,83 @@ def _transaction(url: str) -> Iterator[sa.Connection]:
 
 
 _MIGRATION_LOCK = zlib.crc32(b"churn migrations")
+
+
+def ensure_schema(url: str) -> None:
+    """Make the first schema of the connection's search_path if it is not there; on SQLite there is none to make."""
+    if is_sqlite(url):
+        return
+    exists = sa.text("SELECT 1 FROM pg_namespace WHERE nspname = :schema")
+    with _transaction(url) as connection:
+        schema = _asked_schema(connection)
+        if schema and connection.execute(exists, {"schema": schema}).first() is None:
+            connection.exec_driver_sql(f"CREATE SCHEMA {_quoted(connection, schema)}")
+
+
+def _asked_schema(connection: sa.Connection) -> str | None:
+    """The first entry of search_path; None if that is `"$user"`, as it is where nothing was asked for."""
+    if connection.dialect.name == "sqlite":
+        return None
+    path = str(connection.exec_driver_sql("SHOW search_path").scalar())
+    found = re.match(r'\s*(?:"((?:[^"]|"")*)"|([^\s",]+))', path)
+    if not found:
+        return None
+    schema = found[2].lower() if found[1] is None else found[1].replace('""', '"')
+    return None if schema in ("", "$user") else schema
+
+
+def _quoted(connection: sa.Connection, name: str) -> str:
+    quoted: str = connection.dialect.identifier_preparer.quote_identifier(name)
+    return quoted
+
+
+# what bentos.churn.shipper and bentos.churn.archive do, and no more
+_SERVING_MAY = (("predictions", "INSERT"), ("bentos", "SELECT"))
+
+
+def grant_serving(url: str, role: str) -> None:
+    """Let the service's database role insert predictions and read bentos; what it may already is not granted again.
+
+    The role may connect to the database: that is for whoever made it to say. Raises DatabaseError if there is no
+    such role, or if the rights are not ours to give.
+    """
+    if is_sqlite(url):
+        raise DatabaseError(f"{redact(url)} knows no roles; CHURN_SERVING_ROLE is for PostgreSQL")
+    with _transaction(url) as connection:
+        if connection.execute(sa.text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role}).first() is None:
+            raise DatabaseError(
+                f"CHURN_SERVING_ROLE is {role!r}; {redact(url)} has no such role, expected one that may connect"
+            )
+        schema = str(connection.exec_driver_sql("SELECT current_schema()").scalar())
+        _grant(connection, role, "USAGE", schema)
+        for table, right in _SERVING_MAY:
+            _grant(connection, role, right, schema, table)
+
+
+def _grant(connection: sa.Connection, role: str, right: str, schema: str, table: str | None = None) -> None:
+    if table is None:
+        may, name = (
+            sa.text("SELECT has_schema_privilege(:role, :schema, :right)"),
+            f"SCHEMA {_quoted(connection, schema)}",
+        )
+    else:
+        may = sa.text("SELECT has_table_privilege(:role, quote_ident(:schema) || '.' || quote_ident(:table), :right)")
+        name = f"TABLE {_quoted(connection, schema)}.{table}"
+    asked = {"role": role, "right": right, "schema": schema, **({"table": table} if table else {})}
+    if connection.execute(may, asked).scalar():
+        return
+    connection.exec_driver_sql(f"GRANT {right} ON {name} TO {_quoted(connection, role)}")
+    if not connection.execute(may, asked).scalar():  # the server only warns of that
+        raise DatabaseError(f"the database does not let us grant {right} on {schema}{f'.{table}' if table else ''}")
+
+
+def ping(url: str) -> None:
+    """Raise DatabaseError if the database does not answer; tables are not needed."""
+    try:
+        with _engine(url).connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+    except sa.exc.DBAPIError as error:
+        raise _unusable(_parsed(url), error) from error
 
 
 def redact(url: str) -> str:

@@ -22,7 +22,7 @@ import pandas as pd
 from bentos.churn.database import sqlite_path
 from bentos.churn.redis_client import Address
 from feature_repo.columns import ENTITY, LABEL, POPULATION
-from jobs.lease import lease
+from jobs.lease import file_lease
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots, instant
 
@@ -66,9 +66,8 @@ def feature_store(settings: Settings) -> FeatureStore:
     settings.home.mkdir(parents=True, exist_ok=True)
     store = FeatureStore(config=RepoConfig(**yaml.safe_load(filled), repo_path=settings.home.resolve()))
     if not _applied(store, _definitions(settings)):
-        with lease(
-            settings.home.resolve() / "feast-apply.lock", wait=60
-        ):  # Feast's own first apply does not bear company
+        # a file's: Jobs of a release share the volume, and Feast's own first apply does not bear company
+        with file_lease(settings.home.resolve() / "feast-apply.lock", wait=60):
             if not _applied(store, _definitions(settings)):
                 apply(settings, store)
     return store

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from feature_repo.columns import POPULATION
-from jobs.lease import Held, lease
+from jobs.lease import Held, file_lease
 from jobs.settings import Settings, load_settings
 from jobs.snapshots import Snapshots, as_day, instant
 
@@ -188,7 +188,7 @@ def _alone(home: Path) -> Iterator[None]:
     """One demo at a time in a folder: the next would pull it from under the first."""
     home.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with lease(home.parent / f".{home.name.lstrip('.')}.demo.lock"):
+        with file_lease(home.parent / f".{home.name.lstrip('.')}.demo.lock"):
             yield
     except Held as held:
         raise RuntimeError(f"another demo works in {home} ({held}); name another folder with --home") from None

@@ -65,6 +65,11 @@ class History:
         rows = self._rows(query.limit(1))
         return rows[0] if rows else None
 
+    def has_served(self, tag: str) -> bool:
+        """Whether a promotion of that tag ended well before."""
+        query = sa.select(promotions).where(promotions.c.to_tag == tag, promotions.c.result.in_(GOOD))
+        return bool(self._rows(query.limit(1)))
+
     def rows(self, limit: int = 50) -> list[Promotion]:
         """The newest promotions first."""
         return self._rows(sa.select(promotions).order_by(promotions.c.id.desc()).limit(limit))

@@ -31,6 +31,7 @@ from feature_repo.columns import ENTITY, POPULATION, TABLES, Column, Table
 from jobs.delivery import SUFFIXES, Unreadable, read_as_text
 from jobs.settings import Settings
 from jobs.snapshots import LABELS, Snapshots, as_day, fingerprint_of
+from jobs.sources import arrived
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,15 +166,19 @@ def ingest(settings: Settings, folder: Path, *, as_of: date, now: datetime, dry_
 
 
 def ingest_source(settings: Settings, *, now: datetime) -> list[IngestResult]:
-    """Ingest every new or changed YYYY-MM-DD folder of `snapshots_source`, oldest first.
+    """Ingest every new or changed YYYY-MM-DD folder of `snapshots_source`, oldest first; a URL is copied before.
 
     A folder whose files have the sizes and times they had when it was stored is not read. Good folders
     are stored even when others are refused; DeliveriesRefused then tells of those at the end.
     """
-    source = settings.snapshots_source
-    if source is None:
-        raise ValueError("CHURN_SNAPSHOTS_SOURCE is not set; expected the folder in which snapshots arrive")
-    _require_folder(source, "CHURN_SNAPSHOTS_SOURCE")
+    if settings.snapshots_source is None:
+        raise ValueError("CHURN_SNAPSHOTS_SOURCE is not set; expected the folder or URL where snapshots arrive")
+    with arrived(settings.snapshots_source, settings.home.resolve()) as source:
+        _require_folder(source, "CHURN_SNAPSHOTS_SOURCE")
+        return _ingest_folders(settings, source, now)
+
+
+def _ingest_folders(settings: Settings, source: Path, now: datetime) -> list[IngestResult]:
     store = Snapshots(settings.snapshots)
     store.recover()
     results: list[IngestResult] = []

@@ -17,7 +17,7 @@ from jobs.lease import lease
 from jobs.package import bento_of
 from jobs.promote import Promoter, PromoteResult
 from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry
-from jobs.serving import LocalServing, Serving
+from jobs.serving import Serving, serving_of
 from jobs.settings import Settings
 
 LEASE_WAIT = 60.0  # seconds for a promotion under way to yield
@@ -98,7 +98,7 @@ def approve(settings: Settings, version: int, *, by: str, reason: str) -> None:
 
 def adopt(settings: Settings, *, by: str, serving: Serving | None = None) -> str:
     """Go on from what serves, when the database was restored from a backup older than that; returns the tag."""
-    engine, serving = connect(settings.database), serving or LocalServing(settings)
+    engine, serving = connect(settings.database), serving or serving_of(settings)
     history = History(engine)
     tag = serving.served_tag()
     if tag is None or serving.fence() <= history.newest_id():
@@ -107,7 +107,7 @@ def adopt(settings: Settings, *, by: str, serving: Serving | None = None) -> str
     found = Registry(settings).version(version)
     if found is None:
         raise NothingToDo(f"the model registry has no version {version}, which serves as {tag}: restore it as well")
-    with lease(settings.home.resolve() / "churn-promote.lock", wait=LEASE_WAIT):
+    with lease(settings, "promote", wait=LEASE_WAIT):
         open_row = history.open_row()
         if open_row is not None:
             history.close(

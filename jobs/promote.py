@@ -33,15 +33,17 @@ from jobs.registry import (
     Registry,
     RegistryError,
 )
-from jobs.serving import LocalServing, ServedTagChanged, Serving, StaleFence
+from jobs.serving import ServedTagChanged, Serving, StaleFence, serving_of
 from jobs.settings import Mode, Settings
 
 log = logging.getLogger(__name__)
 
-POLL = 0.1  # seconds between looks at a rollout
+POLL = 0.1  # seconds between looks at a rollout; on a cluster five times that
+PROBE_FOR = 10.0  # seconds until a client reaches what a settled rollout serves
 GOLDEN_TOLERANCE = 1e-6
 
 Action = Literal["promote", "follow", "pin", "restore", "rebuild"]
+TOLD = {"promote": "Promoted", "follow": "Followed", "pin": "Pinned", "restore": "Restored", "rebuild": "Rebuilt"}
 
 
 class PromotionFailed(RuntimeError):
@@ -186,7 +188,7 @@ class Promoter:
 
     def __init__(self, settings: Settings, serving: Serving | None = None, *, by: str = "promote") -> None:
         self.settings = settings
-        self.serving: Serving = serving or LocalServing(settings)
+        self.serving: Serving = serving or serving_of(settings)
         self.registry = Registry(settings)
         self.engine = connect(settings.database)
         self.history = History(self.engine)
@@ -254,7 +256,7 @@ class Promoter:
         if dry_run:
             return PromoteResult("dry_run", f"would {what}", self.serving.served_tag())
         try:
-            with lease(self.settings.home.resolve() / "churn-promote.lock", wait=wait):
+            with lease(self.settings, "promote", wait=wait):
                 return self._work()
         except Held as held:
             return PromoteResult("held", str(held), self.serving.served_tag())
@@ -271,9 +273,9 @@ class Promoter:
 
     def _refuse_what_cannot_serve(self) -> None:
         """Raise if what should be served never will be: promoted while nothing served, so that nobody noticed."""
-        failure = self.serving.rollout().failure
-        if failure:
-            raise PromotionFailed(f"{self.serving.served_tag()} cannot serve: {failure}; `churn rollback` goes back")
+        rollout = self.serving.rollout()
+        if rollout.failure and not any(pod.ready for pod in rollout.pods):
+            raise PromotionFailed(f"{rollout.served_tag} cannot serve: {rollout.failure}; `churn rollback` goes back")
 
     def _work(self) -> PromoteResult:
         result: PromoteResult | None = None
@@ -384,53 +386,75 @@ class Promoter:
             if served not in (row.from_tag, None) and row.action not in ("pin", "restore"):
                 raise _WorldFault(f"the served tag was changed to {served} meanwhile")
             log.info("served_tag %s -> %s", served, tag)
-            self.serving.set_served_tag(old=served, new=tag, fence=row.id, soak=timedelta(0))
+            self.serving.set_served_tag(old=served, new=tag, fence=row.id, soak=self._soak(served, tag))
         failpoint("promote.patched")
+
+    def _soak(self, served: str | None, tag: str) -> timedelta:
+        """How long a new pod must stay up beside the old: not at all if there is none, or the tag has served before."""
+        new = served is not None and not self.history.has_served(tag)
+        return self.settings.promotion_soak if new else timedelta(0)
 
     def _watch(self, row: Promotion, tag: str) -> None:
         """Wait until every pod serves the tag, or it is clear that none will."""
-        end = time.monotonic() + self.settings.promotion_deadline.total_seconds()
-        seen, next_look = "nothing", 0.0
+        patience = (self.settings.promotion_deadline + self.settings.promotion_soak).total_seconds()
+        end, best = time.monotonic() + patience, 0  # as long as one pod after the other gets ready it goes on
+        seen, next_look, generation = "nothing", 0.0, None
         while True:
             rollout = self.serving.rollout()
+            generation = rollout.generation if generation is None else generation
             if not rollout.running:
                 log.warning("nothing serves: %s will be served by the next `churn serve`", tag)
                 return
             if rollout.served_tag != tag:
                 raise _WorldFault(f"the served tag was changed to {rollout.served_tag} meanwhile")
+            if rollout.failure and rollout.generation != generation:
+                raise _WorldFault(f"the Deployment was changed by somebody else meanwhile: {rollout.failure}")
             if rollout.failure:
-                raise _ModelFault(rollout.failure)
+                raise (_WorldFault if rollout.worlds_fault else _ModelFault)(rollout.failure)
             if rollout.settled:
                 return
+            ready = sum(pod.ready and pod.bento_tag == tag for pod in rollout.pods)
+            if ready > best:
+                end, best = time.monotonic() + patience, ready
             seen = "; ".join(
                 f"{p.name} {p.bento_tag} {'ready' if p.ready else p.message or 'not ready'}" for p in rollout.pods
             )
             if time.monotonic() > end:
-                deadline = f"{self.settings.promotion_deadline.total_seconds():.0f} s"
+                deadline = f"{patience:.0f} s"
                 started = any(p.bento_tag == tag and p.address for p in rollout.pods) or "/readyz" in seen
                 fault = _ModelFault if started else _WorldFault  # one that was never started is not to blame
                 raise fault(f"pods were not ready within {deadline}; last seen: {seen or 'no pods'}")
             if time.monotonic() > next_look:
                 self._obey_pin(row)
                 next_look = time.monotonic() + 1
-            time.sleep(POLL)
+            time.sleep(5 * POLL if self.settings.deployment else POLL)
 
     def _probe(self, tag: str) -> None:
+        """Ask until all agree: proxies take a moment to learn of pods, and a pod may be moved just now."""
+        end = time.monotonic() + PROBE_FOR
+        while True:
+            try:
+                return self._ask_all(tag)
+            except _WorldFault:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(POLL)
+
+    def _ask_all(self, tag: str) -> None:
         """Ask each pod who it is, and the service for a golden row's score."""
         rollout = self.serving.rollout()
         if not rollout.running:
             return
         for pod in rollout.pods:
-            found = _ask(f"{pod.address}/info").get("bento_tag")
+            found = ask(f"{pod.address}/info").get("bento_tag")
             if found != tag:
                 raise _ModelFault(f"{pod.name} says it serves {found}; expected {tag}")
         features, score = golden_row(self.settings, tag)
-        answer = _ask(f"{self.serving.url}/predict", {"features": features})
-        if answer.get("bento_tag") != tag or not abs(float(answer["churn_probability"]) - score) <= GOLDEN_TOLERANCE:
-            raise _ModelFault(
-                f"a golden row scored {answer.get('churn_probability')} by {answer.get('bento_tag')}; "
-                f"expected {score} by {tag}"
-            )
+        answer = ask(f"{self.serving.url}/predict", {"features": features})
+        if answer.get("bento_tag") != tag:
+            raise _WorldFault(f"{self.serving.url} is still answered by {answer.get('bento_tag')}")
+        if not abs(float(answer["churn_probability"]) - score) <= GOLDEN_TOLERANCE:
+            raise _ModelFault(f"a golden row scored {answer.get('churn_probability')} by {tag}; expected {score}")
 
     def _close(self, row: Promotion, tag: str) -> PromoteResult:
         result: Literal["promoted", "rolled_back"] = "rolled_back" if row.action == "pin" else "promoted"
@@ -447,8 +471,12 @@ class Promoter:
                 ) from error
         self.history.close(row, now=now, result=result, reason=row.reason)
         failpoint("promote.closed")
-        prune_bentos(self.engine, keep=self.settings.bentos_kept, in_use={tag, row.from_tag or tag})
+        in_use = {tag, row.from_tag or tag, *self.serving.tags_in_use()}
+        prune_bentos(self.engine, keep=self.settings.bentos_kept, in_use=in_use)
         log.info("result=%s served_tag=%s", result, tag)
+        self.serving.tell(
+            TOLD[row.action], f"version {row.from_version or '-'} -> {row.to_version} ({tag}): {row.reason}"
+        )
         return PromoteResult(result, row.reason, tag, row.from_version, row.to_version)
 
     # ---- undoing -----------------------------------------------------------------------------------------
@@ -492,6 +520,8 @@ class Promoter:
                 raise PromotionFailed(reason, interrupted=True) from error
             log.warning("aliases follow with the pin: %s", error)
         self.history.close(row, now=datetime.now(UTC), result=result, reason=reason)
+        what = "PromotionFailed" if result == "failed" else "PromotionInterrupted"
+        self.serving.tell(what, f"version {row.to_version} ({row.to_tag or 'no bento'}): {reason}", warning=True)
 
     def _put_previous_back(self, row: Promotion) -> None:
         before = self.history.last(good=True)
@@ -506,14 +536,18 @@ class _Yielded(Exception):
     """A pin set meanwhile has precedence."""
 
 
-def _ask(url: str, body: object = None) -> dict[str, Any]:
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # pods and Services are never behind a proxy
+
+
+def ask(url: str, body: object = None) -> dict[str, Any]:
+    """What a service answers in JSON; no answer is the world's fault, an error of its own the model's."""
     request = urllib.request.Request(
         url,
         headers={"Content-Type": "application/json", "X-Churn-Source": "probe"},
         data=None if body is None else json.dumps(body).encode(),
     )
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with _direct.open(request, timeout=5) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as error:

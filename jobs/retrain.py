@@ -90,7 +90,7 @@ def retrain(
     if dry_run:
         return _retrain(settings, as_of=as_of, dry_run=True)
     try:
-        with lease(settings.home.resolve() / "churn-retrain.lock"):
+        with lease(settings, "retrain"):
             engine = database.connect(settings.database)
             table = database.retrains
             with engine.begin() as connection:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import tempfile
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.settings import Settings
+
+log = logging.getLogger(__name__)
 
 LOCK_FOR = 10.0  # seconds to wait for another writer of desired.json; it holds the lock for milliseconds
 
@@ -45,6 +48,8 @@ class Rollout:
     running: bool  # somebody serves at all; False: no `churn serve`, or scaled to zero
     settled: bool  # there are pods, all of them ready and of the wanted tag
     failure: str | None  # why pods of the wanted tag will never be ready; None while they may
+    worlds_fault: bool = False  # the failure is not the bento's: an image that cannot be pulled, a quota
+    generation: int = 0  # counts changes of the Deployment by anybody; 0 where there is none
 
 
 class ServedTagChanged(Exception):
@@ -86,6 +91,21 @@ class Serving(Protocol):
 
     def rollout(self) -> Rollout:
         """How far it has come."""
+
+    def tags_in_use(self) -> set[str]:
+        """Tags whose archives somebody may still start a pod from."""
+
+    def tell(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """Tell the operator what happened, in a word and a sentence, where the platform has a place for it."""
+
+
+def serving_of(settings: Settings) -> Serving:
+    """What serves in this size: a Deployment, or this machine."""
+    if settings.deployment:
+        from jobs.cluster import KubernetesServing
+
+        return KubernetesServing(settings)
+    return LocalServing(settings)
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,12 @@ class LocalServing:
         seen = status.generation == desired.generation
         settled, failure = (status.settled, status.failure) if seen else (False, None)
         return Rollout(desired.tag, status.pods, running=True, settled=settled, failure=failure)
+
+    def tags_in_use(self) -> set[str]:
+        return {pod.bento_tag for pod in self.rollout().pods}
+
+    def tell(self, reason: str, message: str, *, warning: bool = False) -> None:
+        log.debug("%s: %s", reason, message)  # who calls has logged it, and nobody else looks here
 
     def desired(self) -> Desired:
         """What is wanted, by the last write."""

@@ -27,7 +27,9 @@ _BEGINNINGS = {  # of each URL; such a value may hold a password and is never re
     "mlflow_url": ("http://", "https://", _SQLITE),
     "online_store_url": (_SQLITE, "redis://", "rediss://"),
     "feast_registry_url": (_SQLITE, *_POSTGRES),
+    "serving_url": ("http://", "https://"),
 }
+_SOURCES = ("file:///", "http://", "https://", "s3://", "gs://")  # of snapshots_source, when it is no folder
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -74,7 +76,20 @@ class Settings(BaseSettings):
         description="Feast's configuration; ${...} in it are these settings",
     )
     feast_registry_url: str = Field("", description="Feast's SQL registry; SQLite below home by default")
-    snapshots_source: Path | None = Field(None, description="folder in which new snapshots arrive")
+    snapshots_source: str | None = Field(
+        None, description="where new snapshots arrive: a folder, or a URL: file, http(s) of a .zip or .tar.gz, s3, gs"
+    )
+    as_of: date | None = Field(None, description="the day taken for today, to replay history; default: the clock")
+    simulate_users: int = Field(5_000, ge=1_000, description="users that bootstrap simulates without a source")
+    simulate_months: int = Field(3, ge=1, description="months of them")
+
+    # --- the cluster ------------------------------------------------------------------------------------
+    deployment: str = Field("", description="Deployment whose pods serve; empty: this machine serves")
+    serving_url: str = Field("", description="the Service, http(s), which promotion asks when the pods are ready")
+    serving_role: str = Field(
+        "", description="database role of the service; bootstrap lets it read bentos and insert predictions"
+    )
+    cronjob_prefix: str = Field("", description="the CronJobs are <prefix>retrain, <prefix>drift and so on")
 
     # --- data -------------------------------------------------------------------------------------------
     label_horizon: Duration = Field(timedelta(days=30), description="labels of S are known at S + this")
@@ -114,7 +129,8 @@ class Settings(BaseSettings):
 
     # --- promotion and serving --------------------------------------------------------------------------
     promotion_mode: Mode = Field("auto", description="auto, manual (waits for approve), dryRun, off")
-    promotion_deadline: Duration = Field(timedelta(minutes=3), description="new pods must be ready by then")
+    promotion_deadline: Duration = Field(timedelta(minutes=3), description="the next new pod must be ready by then")
+    promotion_soak: Duration = Field(timedelta(0), description="new pods stay up this long before old ones go")
     rebuild_on_code_change: bool = Field(True, description="new serving code: build the served version anew")
     bentos_kept: int = Field(10, ge=2, description="archives kept beside those in use")
     serve_host: str = Field("127.0.0.1", description="address that `churn serve` listens on")
@@ -135,6 +151,29 @@ class Settings(BaseSettings):
         if not str(value).strip():  # would be the working directory
             raise ValueError("expected a folder, such as .churn")
         return value
+
+    @field_validator("deployment", "cronjob_prefix")
+    @classmethod
+    def _name_is_one_of_kubernetes(cls, value: str, info: ValidationInfo) -> str:
+        form = (
+            r"[a-z0-9][a-z0-9-]{0,40}" if info.field_name == "cronjob_prefix" else r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+        )
+        if value and not re.fullmatch(form, value):
+            raise ValueError("expected a name as Kubernetes has them: a-z, 0-9 and -, not too long")
+        return value
+
+    @field_validator("snapshots_source", mode="before")
+    @classmethod
+    def _source_is_a_folder_or_a_url(cls, value: Any) -> str | None:
+        text = str(value or "").strip()
+        if "://" in text:
+            if not any(text.startswith(known) and text != known for known in _SOURCES):
+                raise ValueError(f"expected a folder, or a URL that begins with {', '.join(_SOURCES)}")
+            if "@" in text.split("/")[2]:
+                raise ValueError("expected no user or password in it, only host and port, or bucket")
+            if text.startswith("http") and not text.split("?")[0].endswith((".zip", ".tar.gz", ".tgz")):
+                raise ValueError("expected an archive: .zip, .tar.gz or .tgz")
+        return text or None
 
     @field_validator(*_BEGINNINGS)
     @classmethod
@@ -222,11 +261,10 @@ def _explain(error: object) -> str:
         return f"{variable} is not a setting; `churn settings` lists them"
     message = str(error["msg"]).removeprefix("Value error, ")
     message = f"{message[:1].lower()}{message[1:]}"
-    if name in _BEGINNINGS:
+    if name in _BEGINNINGS or (name == "snapshots_source" and "://" in str(error["input"])):
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", str(error["input"]))
-        return (
-            f"{variable} is {f'{scheme[0]}://…' if scheme else 'no URL'}; {message}; default: SQLite below CHURN_HOME"
-        )
+        default = "none" if name in ("serving_url", "snapshots_source") else "SQLite below CHURN_HOME"
+        return f"{variable} is {f'{scheme[0]}://…' if scheme else 'no URL'}; {message}; default: {default}"
     default = Settings.model_fields[name].default
     shown = json.dumps(default) if isinstance(default, tuple) else repr(default)
     return f"{variable} is {error['input']!r}; {message}; default {shown}"

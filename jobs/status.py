@@ -6,7 +6,6 @@ It is looked at when something is wrong, so nothing that is away may keep the re
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 from collections.abc import Callable
@@ -18,8 +17,9 @@ import sqlalchemy as sa
 from bentos.churn.database import sqlite_path
 from jobs.database import connect, drift_checks, predictions, retrains
 from jobs.history import History, Pin, Promotion
+from jobs.lease import is_held
 from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, Registry
-from jobs.serving import LocalServing, Rollout, Serving, try_lock
+from jobs.serving import Rollout, Serving, serving_of
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
 
@@ -43,7 +43,7 @@ class _Tables:
 
 def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]:
     """Everything `churn status` shows, as plain values; a store that does not answer becomes an entry in `problems`."""
-    serving = serving or LocalServing(settings)
+    serving = serving or serving_of(settings)
     problems: list[str] = []
     read = _ask(lambda: _tables(settings), problems, "the database", "start it, or correct CHURN_DATABASE_URL")
     tables = read or _Tables()
@@ -59,7 +59,7 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
     pin, last, good, open_row, check = tables.pin, tables.last, tables.good, tables.open_row, tables.check
     training = tables.training
     if rollout is not None:
-        problems += _of_serving(rollout)
+        problems += _of_serving(settings, rollout)
     if last is not None and last.result in ("failed", "interrupted"):
         problems.append(f"the last promotion (version {last.to_version}) {last.result}: {last.reason}")
     if read is not None and aliases is not None and rollout is not None and open_row is None:
@@ -164,12 +164,13 @@ def _tables(settings: Settings) -> _Tables:
     return _Tables(history.pin(), last, good, history.open_row(), check, training, rows)
 
 
-def _of_serving(rollout: Rollout) -> list[str]:
+def _of_serving(settings: Settings, rollout: Rollout) -> list[str]:
     found = []
     if rollout.failure:
         found.append(f"{rollout.served_tag} cannot serve: {rollout.failure}")
     if rollout.served_tag and not rollout.running:
-        found.append("nothing serves; `churn serve` does")
+        remedy = f"Deployment {settings.deployment} has 0 replicas" if settings.deployment else "`churn serve` does"
+        found.append(f"nothing serves; {remedy}")
     return found
 
 
@@ -188,13 +189,12 @@ def _disagreements(production: int | None, good: Promotion | None, wanted_tag: s
 def _was_killed(settings: Settings, training: int) -> bool:
     """Whether nobody works on a retraining that has no result: its lease is free, and still it has none.
 
-    Without the lease's file it was begun elsewhere, and nothing is known. Asking holds the lease for an instant.
+    Without the lease's file it was begun elsewhere, and nothing is known.
     """
     try:
-        with (settings.home.resolve() / "churn-retrain.lock").open() as file:
-            if not try_lock(file.fileno(), fcntl.LOCK_SH):
-                return False
-    except OSError:
+        if is_held(settings, "retrain") is not False:
+            return False
+    except Exception:  # the cluster does not answer
         return False
     query = sa.select(retrains.c.result).where(retrains.c.id == training)
     try:

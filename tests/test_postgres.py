@@ -17,11 +17,14 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import psycopg
+import psycopg.sql
 import pytest
 import sqlalchemy as sa
 
@@ -30,7 +33,16 @@ from bentos.churn.archive import ArchiveError, BentoNotFound
 from bentos.churn.database import cut_after, open_postgres
 from bentos.churn.shipper import PostgresLog, Shipper, open_log
 from bentos.churn.spool import Spool
-from jobs.database import _engine, bentos, connect, predictions
+from jobs.database import (
+    _MIGRATION_LOCK,
+    DatabaseError,
+    _engine,
+    bentos,
+    connect,
+    ensure_schema,
+    grant_serving,
+    predictions,
+)
 from tests import stores
 from tests.bentos.serving_process import eventually
 from tests.bentos.test_archive import tar_of
@@ -243,34 +255,6 @@ def test_among_many_only_the_refused_are_kept_aside(root: Path, url: str) -> Non
 
     assert logged(url) == ids(*(i for i in range(1_200) if i not in bad))
     assert under_test.quarantined == len(quarantined(root)) == len(bad)
-
-
-def test_a_role_that_may_only_insert_will_do(root: Path, url: str, postgres_server: Server) -> None:
-    """What the chart gives to serving: it may read bentos and insert predictions."""
-    role = f"serving_{uuid.uuid4().hex[:8]}"
-    data = store(url)
-    name = url.rsplit("/", 1)[1]
-    with admin(url) as connection:
-        connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
-        connection.execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
-        connection.execute(f"GRANT CONNECT ON DATABASE {name} TO {role}")
-        connection.execute(f"GRANT INSERT ON predictions TO {role}; GRANT SELECT ON bentos TO {role}")
-    try:
-        limited = url.replace("//churn@", f"//{role}@")
-        spool = spool_at(root)
-        spool.append([record(1), record(2, user_id="a\0b"), record(1)])
-        under_test = Shipper(spool, open_log(limited))
-        under_test.ship_once()
-
-        assert logged(url) == ids(1)
-        assert under_test.quarantined == 1
-        assert archive.is_complete(archive.fetch(limited, "churn:v1-aaaaaaaa", root / "bento"), sha256(data))
-        with admin(limited) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
-            connection.execute("SELECT 1 FROM predictions")
-        under_test._log.close()
-    finally:
-        with admin(url) as connection:
-            connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 # --- outages ----------------------------------------------------------------------------------------------
@@ -568,3 +552,216 @@ def test_feast_keeps_its_registry_in_postgres(postgres_server: Server, tmp_path:
     assert len(frame) == 200
     assert frame.equals(dataset.feature_frame(in_sqlite, FIRST))
     assert [name for (name,) in stored] == sorted({feature.view for feature in plan})
+
+
+# --- schemas and roles ------------------------------------------------------------------------------------
+
+
+def schemas(url: str) -> dict[str, set[str]]:
+    """The schemas of a database, with their tables; seen without PGOPTIONS."""
+    query = (
+        "SELECT nspname, coalesce(array_agg(relname) FILTER (WHERE relkind = 'r'), '{}') "
+        "FROM pg_namespace LEFT JOIN pg_class ON relnamespace = pg_namespace.oid "
+        "WHERE nspname !~ '^pg_|information_schema' GROUP BY 1"
+    )
+    with psycopg.connect(driver_url(url), options="") as connection:
+        return {schema: set(tables) for schema, tables in connection.execute(query)}
+
+
+OURS = {*predictions.metadata.tables, "alembic_version"}
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Says where this process looks from now on, as the chart does to a pod."""
+    yield lambda path: (_engine.cache_clear(), monkeypatch.setenv("PGOPTIONS", f"-c search_path={path}"))
+    _engine.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("path", "schema"),
+    [
+        ("churn", "churn"),
+        ("Churn", "churn"),
+        ("release_b,public", "release_b"),
+        ('"my_""Own",\\ public', 'my_"Own'),
+        ("public", "public"),
+        ('"$user",public', "public"),
+        ("$user,public", "public"),
+    ],
+)
+def test_everything_lives_in_the_first_schema_of_the_path(
+    path: str, schema: str, postgres_server: Server, search: Any
+) -> None:
+    """Though another release has its tables in `public`."""
+    with fresh_database(postgres_server) as url:
+        if schema != "public":
+            connect(url)
+        search(path)
+        for _ in range(2):
+            connect(url)
+
+        assert schemas(url) == {"public": OURS, schema: OURS}
+
+
+def test_without_pgoptions_everything_lives_in_public(postgres_server: Server) -> None:
+    with fresh_database(postgres_server) as url:
+        ensure_schema(url)
+        connect(url)
+        assert schemas(url) == {"public": OURS}
+
+
+@pytest.mark.parametrize("options", ["-c%20lock_timeout%3D7s", "-c%20search_path%3Dother%20-c%20lock_timeout%3D7s"])
+def test_options_of_the_url_are_added_to_pgoptions(
+    options: str, root: Path, postgres_server: Server, search: Any
+) -> None:
+    """libpq alone would take one or the other; what the URL says comes last, and so wins."""
+    schema = "other" if "other" in options else "churn"
+    with fresh_database(postgres_server) as plain:
+        url = f"{plain}?options={options}"
+        search("churn")
+        try:
+            with connect(url).connect() as connection:
+                assert connection.exec_driver_sql("SHOW lock_timeout").scalar() == "7s"
+                assert connection.exec_driver_sql("SELECT current_schema()").scalar() == schema
+            with open_postgres(url) as session:
+                found = session.execute("SELECT current_schema(), current_setting('lock_timeout')").fetchone()
+                assert found == (schema, "7s")
+        finally:
+            _engine(url).dispose()
+        assert schemas(plain) == {"public": set(), schema: OURS}
+
+
+SCHEMA_COMERS = """
+import os, sys
+from alembic import command, config, runtime
+from jobs.database import connect, ensure_schema, metadata
+hold, release = os.pipe()
+comers = []
+for number in range(6):
+    comer = os.fork()
+    if comer == 0:
+        os.close(release)
+        os.read(hold, 1)  # all go on when the parent lets go of the other end
+        (ensure_schema if number % 2 else connect)(sys.argv[1])
+        os._exit(0)
+    comers.append(comer)
+os.close(release)
+sys.exit(sum(os.waitpid(comer, 0)[1] != 0 for comer in comers))
+"""
+
+
+def test_of_processes_that_come_at_once_one_makes_the_schema(postgres_server: Server) -> None:
+    with fresh_database(postgres_server) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", SCHEMA_COMERS, url], cwd=REPOSITORY, text=True, capture_output=True, timeout=60,
+            check=False, env={**os.environ, "PGOPTIONS": "-c search_path=churn"},
+        )  # fmt: skip
+
+        assert done.returncode == 0, done.stderr
+        assert schemas(url) == {"public": set(), "churn": OURS}
+
+
+@pytest.mark.parametrize("come", [ensure_schema, connect])
+def test_who_comes_while_the_schema_is_being_made_waits_for_it(come: Any, postgres_server: Server, search: Any) -> None:
+    with fresh_database(postgres_server) as url:
+        search("churn")
+        with admin(url) as other, ThreadPoolExecutor(1) as pool:
+            with other.transaction():
+                other.execute("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
+                other.execute("CREATE SCHEMA churn")
+                coming = pool.submit(come, url)
+                eventually(lambda: [s for s in sessions(url, "churn-jobs") if s.waits_for == "Lock"])
+            coming.result(20)
+
+
+@contextlib.contextmanager
+def new_role(url: str, name: str = "") -> Iterator[str]:
+    """A role that may connect to this database, which nobody else may, and nothing more."""
+    role, database = name or f"role_{uuid.uuid4().hex[:8]}", url.rsplit("/", 1)[1]
+    quoted = psycopg.sql.Identifier(role).as_string()
+    with admin(url) as connection:
+        connection.execute(f"CREATE ROLE {quoted} LOGIN PASSWORD 'x'")
+        connection.execute(f"REVOKE ALL ON DATABASE {database} FROM PUBLIC")
+        connection.execute(f"GRANT CONNECT ON DATABASE {database} TO {quoted}")
+    try:
+        yield role
+    finally:
+        with admin(url) as connection:
+            connection.execute(f"DROP OWNED BY {quoted}; DROP ROLE {quoted}")
+
+
+def as_role(url: str, role: str) -> str:
+    """The URL for that role."""
+    return url.replace("//churn@", f"//{quote(role, safe='')}@")
+
+
+def test_the_serving_role_may_do_what_serving_does_and_no_more(
+    root: Path, postgres_server: Server, search: Any
+) -> None:
+    """Two releases share a database: each role has what the chart gives it, through the real shipper and fetch."""
+    with fresh_database(postgres_server) as url:
+        search("other")
+        store(url)
+        search("churn")
+        data = store(url)
+        with new_role(url) as role:
+            limited = as_role(url, role)
+            for _ in range(2):
+                grant_serving(url, role)
+
+            spool = spool_at(root)
+            spool.append([record(1), record(2, user_id="a\0b"), record(1)])
+            under_test = Shipper(spool, open_log(limited))
+            under_test.ship_once()
+            under_test._log.close()
+
+            assert logged(url) == ids(1)
+            assert under_test.quarantined == 1
+            assert archive.is_complete(archive.fetch(limited, "churn:v1-aaaaaaaa", root / "bento"), sha256(data))
+            with admin(limited) as connection:
+                for statement in (
+                    "SELECT 1 FROM predictions",
+                    "DELETE FROM predictions",
+                    "INSERT INTO bentos SELECT * FROM bentos",
+                    "DELETE FROM bentos",
+                    "SELECT 1 FROM promotions",
+                    "SELECT 1 FROM alembic_version",
+                    "SELECT 1 FROM other.bentos",
+                    "CREATE TABLE mine (id int)",
+                    "CREATE SCHEMA mine",
+                ):
+                    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                        connection.execute(statement)
+
+
+def test_the_name_of_a_role_is_quoted(postgres_server: Server) -> None:
+    with fresh_database(postgres_server) as url:
+        connect(url)
+        with new_role(url, 'x"; DROP TABLE bentos; -- 100%') as role:
+            grant_serving(url, role)
+            with admin(as_role(url, role)) as connection:
+                assert connection.execute("SELECT tag FROM bentos").fetchall() == []
+
+
+def test_a_role_that_is_not_there_is_said(url: str) -> None:
+    with pytest.raises(DatabaseError, match=r"CHURN_SERVING_ROLE is 'nobody'; .* has no such role"):
+        grant_serving(url, "nobody")
+
+
+def test_rights_that_are_not_ours_to_give_are_said_unless_they_are_there(postgres_server: Server) -> None:
+    """The tables belong to someone else, who may have granted them already."""
+    with fresh_database(postgres_server) as url:
+        connect(url)
+        with new_role(url) as role, new_role(url) as other:
+            with pytest.raises(DatabaseError, match="permission denied for table predictions"):
+                grant_serving(as_role(url, other), role)
+            with admin(url) as connection:
+                connection.execute(f"GRANT INSERT ON predictions TO {other} WITH GRANT OPTION")
+                connection.execute(f"GRANT SELECT ON bentos TO {other}")
+            with pytest.raises(DatabaseError, match=r"does not let us grant SELECT on public\.bentos"):
+                grant_serving(as_role(url, other), role)
+
+            grant_serving(url, role)
+            grant_serving(as_role(url, other), role)
+            _engine(as_role(url, other)).dispose()

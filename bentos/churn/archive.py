@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import lzma
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -81,7 +82,7 @@ def _unpack(data: bytes, folder: Path) -> None:
                 size += member.size
                 if count > MAX_MEMBERS or size > MAX_BYTES:
                     raise ArchiveError(f"the archive has more than {MAX_MEMBERS:,} members or {MAX_BYTES:,} bytes")
-                tar.extract(member, folder, filter="data")
+                _write(tar, member, folder)
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:  # a full disk does not make it a bad archive
             raise
@@ -91,6 +92,22 @@ def _unpack(data: bytes, folder: Path) -> None:
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
     if missing:
         raise ArchiveError(f"the archive has no {', '.join(missing)}")
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """A folder or a file with its bytes, and nothing else a tar could ask for: no owner, no mode, no time.
+
+    tarfile's own filter "data" is not in Python 3.11 before 3.11.4, which Debian 12 has.
+    """
+    path = folder / member.name
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = tar.extractfile(member)
+    assert content is not None  # noqa: S101  a regular file has content
+    with content, path.open("wb") as file:
+        shutil.copyfileobj(content, file)
 
 
 def _decompress(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ import re
 import socket
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -46,6 +46,15 @@ def open_sqlite(path: Path, *, mode: str, timeout: float) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
 
 
+def with_pgoptions(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """These parameters of a connection, `options` with what PGOPTIONS says before them.
+
+    libpq would take no notice of PGOPTIONS, and the tables would be those of another schema.
+    """
+    both = (os.environ.get("PGOPTIONS", ""), str(asked.get("options") or ""))
+    return {**asked, "options": " ".join(filter(None, both))} if all(both) else dict(asked)
+
+
 def open_postgres(url: str) -> Any:
     """A psycopg connection in autocommit mode; what is in the URL comes before `POSTGRES_PARAMETERS`."""
     import psycopg
@@ -63,7 +72,7 @@ def open_postgres(url: str) -> Any:
     return psycopg.connect(
         autocommit=True,
         prepare_threshold=None,  # poolers between us and the server do not know prepared statements
-        **{**POSTGRES_PARAMETERS, "application_name": "churn-serving", **asked},  # type: ignore[arg-type]
+        **{**POSTGRES_PARAMETERS, "application_name": "churn-serving", **with_pgoptions(asked)},
     )
 
 

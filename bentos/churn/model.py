@@ -128,13 +128,17 @@ class Plan:
 
 
 def code_digest(folder: Path) -> str:
-    """sha256 over the serving code in `folder`; `packaging.py` stays behind when a bento is built."""
+    """sha256 over the serving code in `folder`."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        if path.name != "packaging.py":
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
+    for path in serving_code(folder):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def serving_code(folder: Path) -> list[Path]:
+    """The modules in `folder` that go into a bento: not those that make, fetch and extract one."""
+    return [path for path in sorted(folder.glob("*.py")) if path.name not in ("archive.py", "fetch.py", "packaging.py")]
 
 
 def model_folder(folder: Path) -> Path:

@@ -262,9 +262,8 @@ def _bento(tag: str, about: dict[str, Any], onnx: bytes, golden: dict[str, Any])
         code.mkdir(parents=True)
         home.mkdir()
         shutil.copy(_CODE.parent / "__init__.py", code.parent)
-        for path in _CODE.glob("*.py"):
-            if path.name != "packaging.py":
-                shutil.copy(path, code)
+        for path in model.serving_code(_CODE):
+            shutil.copy(path, code)
         files = context / "model"
         files.mkdir()
         (files / "model.onnx").write_bytes(onnx)

@@ -28,6 +28,7 @@ from bentos.churn.model import (
     Plan,
     Scorer,
     WrongValue,
+    code_digest,
     model_folder,
 )
 from tests.bentos.conftest import fit, frame_of
@@ -84,11 +85,21 @@ def test_the_tag_names_code_run_and_model() -> None:
     assert len({tag, packaging.bento_tag(3, "other", "aa"), packaging.bento_tag(3, "run", "bb")}) == 3
 
 
-def test_packaging_code_stays_behind(bento: Path) -> None:
-    names = {path.name for path in (bento / "src" / "bentos" / "churn").glob("*.py")}
+def test_code_that_does_not_serve_stays_behind(bento: Path, tmp_path: Path) -> None:
+    """Another init container or another way of packaging is no reason to build a bento anew."""
+    left_behind = {"archive.py", "fetch.py", "packaging.py"}
+    code = bento / "src" / "bentos" / "churn"
 
-    assert "service.py" in names
-    assert "packaging.py" not in names
+    assert {path.name for path in packaging._CODE.glob("*.py")} - {
+        path.name for path in code.glob("*.py")
+    } == left_behind
+
+    changed = shutil.copytree(packaging._CODE, tmp_path / "churn")
+    for name in left_behind:
+        (changed / name).write_text("# other code")
+    assert code_digest(changed) == code_digest(code) == packaging.code_digest()
+    (changed / "service.py").write_text("# other code")
+    assert code_digest(changed) != packaging.code_digest()
 
 
 def test_building_twice_in_one_process_works(linear: Pipeline, features: Features, tmp_path: Path) -> None:
@@ -228,7 +239,6 @@ def test_serving_imports_nothing_of_training(bento: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, 'src')\n"
         "import bentos.churn.service, bentos.churn.predict, bentos.churn.shipper, bentos.churn.openapi\n"
-        "import bentos.churn.archive\n"
         "from pathlib import Path\n"
         "from bentos.churn.model import Scorer\n"
         "Scorer(Path('.')).check_golden(); bentos.churn.service.API.metrics.render()\n"

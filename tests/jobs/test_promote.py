@@ -368,7 +368,7 @@ def test_pin_holds_a_candidate_back(promotable: Copy, trained: Trained) -> None:
 
 def test_another_holder_is_named_and_is_success(promotable: Copy) -> None:
     settings = promotable()
-    with lease(settings.home.resolve() / "churn-promote.lock"):
+    with lease(settings, "promote"):
         result = promote(settings)
     assert (result.result, str(os.getpid()) in result.reason) == ("held", True)
 

@@ -66,7 +66,7 @@ def test_without_a_snapshot_it_says_what_to_do(tmp_path: Path) -> None:
 
 def test_another_retraining_under_way_is_named(promotable: Copy) -> None:
     settings = promotable()
-    with lease(settings.home.resolve() / "churn-retrain.lock"):
+    with lease(settings, "retrain"):
         assert retrain(settings, as_of=SECOND_KNOWN).result == "held"
 
 

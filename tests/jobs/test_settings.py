@@ -32,6 +32,13 @@ from tests.jobs.conftest import FIRST, FIRST_KNOWN
         ("CHURN_FEATURE_TTL", "99999999999d", "longer than a calendar"),
         ("CHURN_CANDIDATES", "dummy", 'JSON list, such as ["logistic_regression", "random_forest"]'),
         ("CHURN_CANDIDATES", "", "JSON list"),
+        ("CHURN_AS_OF", "today", "date"),
+        ("CHURN_SIMULATE_USERS", "999", "greater than or equal to 1000"),
+        ("CHURN_SIMULATE_MONTHS", "0", "greater than or equal to 1"),
+        ("CHURN_DEPLOYMENT", "churn/web", "a name as Kubernetes has them"),
+        ("CHURN_DEPLOYMENT", "churn-", "a name as Kubernetes has them"),
+        ("CHURN_CRONJOB_PREFIX", "Team_", "a name as Kubernetes has them"),
+        ("CHURN_CRONJOB_PREFIX", "x" * 42, "not too long"),
     ],
 )
 def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str) -> None:
@@ -94,6 +101,12 @@ DATABASES = "sqlite:///, postgresql:// or postgresql+psycopg://"
         ("CHURN_ONLINE_STORE_URL", "http://:hunter2@redis", "http://…", "sqlite:///, redis:// or rediss://"),
         ("CHURN_ONLINE_STORE_URL", "redis:6379", "no URL", "sqlite:///, redis:// or rediss://"),
         ("CHURN_FEAST_REGISTRY_URL", "s3://feast:hunter2@bucket", "s3://…", DATABASES),
+        ("CHURN_SERVING_URL", "https://churn:hunter2@churn", "https://…", "no user or password in it"),
+        ("CHURN_SERVING_URL", "churn:hunter2@churn", "no URL", "http:// or https://; default: none"),
+        ("CHURN_SNAPSHOTS_SOURCE", "s3://key:hunter2@bucket/prefix", "s3://…", "no user or password in it"),
+        ("CHURN_SNAPSHOTS_SOURCE", "https://data/x?sig=hunter2", "https://…", "an archive: .zip, .tar.gz or .tgz"),
+        ("CHURN_SNAPSHOTS_SOURCE", "ftp://u:hunter2@data/x.zip", "ftp://…", "a folder, or a URL that begins with"),
+        ("CHURN_SNAPSHOTS_SOURCE", "file://hunter2/x", "file://…", "file:///, http://"),
     ],
 )
 def test_unknown_url_is_refused_without_its_password(
@@ -123,6 +136,16 @@ def test_unknown_url_is_refused_without_its_password(
         ("CHURN_ONLINE_STORE_URL", "redis://redis"),
         ("CHURN_FEAST_REGISTRY_URL", "postgresql+psycopg://feast:secret@db/feast"),
         ("CHURN_SNAPSHOTS_SOURCE", "/not/mounted/yet"),
+        ("CHURN_SNAPSHOTS_SOURCE", "incoming"),
+        ("CHURN_SNAPSHOTS_SOURCE", "file:///data/incoming"),
+        ("CHURN_SNAPSHOTS_SOURCE", "https://data.example.org/months.tar.gz?sig=x"),
+        ("CHURN_SNAPSHOTS_SOURCE", "s3://bucket/prefix?region=eu-west-1"),
+        ("CHURN_SNAPSHOTS_SOURCE", "gs://bucket"),
+        ("CHURN_SERVING_URL", "http://churn:80"),
+        ("CHURN_SERVING_URL", ""),
+        ("CHURN_DEPLOYMENT", "churn"),
+        ("CHURN_CRONJOB_PREFIX", "team-"),
+        ("CHURN_AS_OF", "2024-02-29"),
         ("CHURN_LABEL_HORIZON", "24h"),
         ("CHURN_FEATURE_TTL", "36h"),
     ],
@@ -130,6 +153,12 @@ def test_unknown_url_is_refused_without_its_password(
 def test_these_are_taken(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     load_settings()
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_source_is_none_and_not_the_working_directory(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("CHURN_SNAPSHOTS_SOURCE", value)
+    assert load_settings().snapshots_source is None
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%41b", "50%", "a b"])

@@ -262,7 +262,7 @@ def retraining(settings: Settings, **values: object) -> None:
 
 
 def test_a_retraining_is_under_way_while_its_lease_is_held(settings: Settings) -> None:
-    with lease(settings.home / "churn-retrain.lock"):
+    with lease(settings, "retrain"):
         retraining(settings)
         found = status(settings)
 
@@ -272,14 +272,14 @@ def test_a_retraining_is_under_way_while_its_lease_is_held(settings: Settings) -
 
 
 def test_a_retraining_without_result_whose_lease_is_free_was_killed(settings: Settings) -> None:
-    with lease(settings.home / "churn-retrain.lock"):
+    with lease(settings, "retrain"):
         retraining(settings)
     found = status(settings)
 
     assert found["retrain"]["result"] == "killed"
     assert shown(found, "retrain") == "killed"
     assert problems(found) == ["the last retraining (2024-03-01) was killed; `churn retrain` begins anew"]
-    with lease(settings.home / "churn-retrain.lock"):
+    with lease(settings, "retrain"):
         pass  # asking has left it free
 
 
@@ -292,7 +292,7 @@ def test_nothing_is_said_of_a_retraining_on_another_machine(settings: Settings) 
 
 
 def test_a_retraining_that_ended_is_not_doubted(settings: Settings) -> None:
-    with lease(settings.home / "churn-retrain.lock"):
+    with lease(settings, "retrain"):
         retraining(settings, result="failed", detail="no disk")
 
     assert shown(status(settings), "retrain") == "failed: no disk"

@@ -1,0 +1,150 @@
+"""`helm install churn ./charts --wait` on an empty namespace that enforces Pod Security `restricted`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.cluster.release import Release
+
+pytestmark = pytest.mark.cluster
+
+MINUTES = 6
+
+# What each component's ServiceAccount may do beyond what every account may; those not named here: nothing.
+_EVENTS = {"events": "create patch", "events.events.k8s.io": "create patch"}
+_LEASES = {"leases.coordination.k8s.io": "create"}
+_PROMOTE = {
+    "deployments.apps/churn": "get patch",
+    "replicasets.apps": "get list watch",
+    "pods": "get list watch",
+}
+
+
+def _lease(*jobs: str) -> dict[str, str]:
+    return {f"leases.coordination.k8s.io/churn-{job}": "delete get patch update" for job in jobs}
+
+
+MAY: dict[str, dict[str, str]] = {
+    "churn-materialize": {**_EVENTS, **_LEASES, **_lease("materialize")},
+    "churn-retrain": {**_EVENTS, **_LEASES, **_lease("retrain")},
+    "churn-drift": {
+        **_EVENTS,
+        **_LEASES,
+        **_lease("drift", "retrain"),
+        "cronjobs.batch/retrain": "get",
+        "jobs.batch": "create get list",
+        "deployments.apps/churn": "get",
+    },
+    "churn-promote": {**_EVENTS, **_LEASES, **_lease("promote"), **_PROMOTE},
+    "churn-bootstrap": {
+        **_EVENTS,
+        **_LEASES,
+        **_lease("bootstrap", "materialize", "retrain", "promote"),
+        **_PROMOTE,
+    },
+}
+SPEAK = {account.removeprefix("churn-") for account in MAY}  # components that mount a token
+
+
+def test_defaults_answer_within_six_minutes(installed: Release) -> None:
+    """Defaults plus image names, `--wait --timeout 10m`, simulated data: success in under 6 minutes on 2 cores, and
+    the ingress controller gives a user's probability."""
+    print(f"helm install --wait took {installed.install_seconds:.0f} s")
+    assert installed.install_seconds < MINUTES * 60
+    answer = installed.predict()
+    assert 0 < answer["churn_probability"] < 1
+    assert (answer["model_version"], answer["bento_tag"]) == (1, installed.served_tag())
+
+
+def test_every_user_can_be_scored_by_hand(installed: Release) -> None:
+    """`kubectl create job --from=cronjob/score s1` writes a row a user, by the bento that serves."""
+    assert installed.users()
+    found = installed.rows("SELECT count(DISTINCT user_id) AS users, min(bento_tag) AS tag FROM scores")
+    assert found == [{"users": 5000, "tag": installed.served_tag()}]
+
+
+def test_helm_test_predicts(installed: Release) -> None:
+    """`helm test` asks for a golden row and finds the score that was stored with it."""
+    done = installed.helm("helm", "test", installed.name, "--logs", timeout=360, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Phase:          Succeeded" in done.stdout
+
+
+def test_restricted_pod_security_refuses_no_pod(installed: Release) -> None:
+    """The namespace enforces it; a pod that broke it would be refused with an Event."""
+    labels = installed.cluster.get("namespace", installed.namespace)["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert [event["message"] for event in installed.events("FailedCreate")] == []
+
+
+def test_status_and_history_are_there_by_kubectl(installed: Release) -> None:
+    """`kubectl churn status|history`: exit code 0, and what was promoted."""
+    status = installed.churn("status")
+    assert status.returncode == 0, status.stdout + status.stderr
+    assert str(installed.served_tag()) in status.stdout
+    history = installed.churn("history")
+    assert history.returncode == 0, history.stdout + history.stderr
+    assert "promote" in history.stdout
+    assert installed.status()["production"] == 1
+
+
+def _rules(release: Release, account: str) -> dict[str, str]:
+    """`kubectl auth can-i --list` of a ServiceAccount: resource[.group][/name] → verbs."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": release.namespace},
+    }
+    user = f"--as=system:serviceaccount:{release.namespace}:{account}"
+    answered = release.kubectl("create", "-f", "-", "-o", "json", user, stdin=json.dumps(review))
+    verbs: dict[str, set[str]] = {}
+    for rule in json.loads(answered)["status"]["resourceRules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                for name in rule.get("resourceNames") or [""]:
+                    key = resource + (f".{group}" if group else "") + (f"/{name}" if name else "")
+                    verbs.setdefault(key, set()).update(rule["verbs"])
+    return {key: " ".join(sorted(found)) for key, found in verbs.items()}
+
+
+def test_roles_are_what_the_table_says(installed: Release) -> None:
+    """`kubectl auth can-i --list` per ServiceAccount; those the table does not name may do nothing."""
+    names = [account["metadata"]["name"] for account in installed.get("serviceaccounts")["items"]]
+    everybody = _rules(installed, "default")
+    found = {
+        name: {key: verbs for key, verbs in _rules(installed, name).items() if everybody.get(key) != verbs}
+        for name in names
+    }
+    assert {name: rules for name, rules in found.items() if rules} == MAY
+    assert {f"churn-{name}" for name in ("serving", "score", "mlflow", "postgres", "valkey")} <= set(names)
+
+
+def _tokens(spec: dict[str, Any]) -> list[str]:
+    return [
+        volume["name"]
+        for volume in spec.get("volumes", ())
+        for source in volume.get("projected", {}).get("sources", ())
+        if "serviceAccountToken" in source
+    ]
+
+
+def test_only_who_speaks_to_kubernetes_mounts_a_token(installed: Release) -> None:
+    """Serving and the stores mount none; no pod runs as the namespace's default account."""
+    seen = set()
+    for pod in installed.get("pods", f"--selector=app.kubernetes.io/instance={installed.name}")["items"]:
+        component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        assert pod["spec"]["serviceAccountName"] == f"churn-{component}"
+        assert bool(_tokens(pod["spec"])) == (component in SPEAK), component
+        seen.add(component)
+    assert {"serving", "mlflow", "postgres", "valkey", "bootstrap"} <= seen
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/info", "/livez", "/"])
+def test_nothing_but_predict_is_published(installed: Release, path: str) -> None:
+    """The ingress controller has no route to the rest."""
+    connection = installed.address.connection()
+    connection.request("GET", path, headers={"Host": installed.address.host})
+    assert connection.getresponse().status == 404
