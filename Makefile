@@ -4,9 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SNAPSHOTS ?=
 SEED ?= 0
+CONTEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop serve test test-quick bench lint format lock clean
+.PHONY: help setup demo stop serve up down images test test-quick test-cluster bench lint format lock clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,11 +34,24 @@ serve: setup ## Serve what the demo left in production, until Ctrl-C
 	@test -f .churn/churn.db || { echo "nothing to serve yet: make demo"; exit 1; }
 	$(BIN)/churn serve
 
-test: setup ## Run all tests, three demos among them (17 minutes on two cores)
-	$(BIN)/pytest -m "not bench"
+up: setup ## Install the chart on kind, minikube or a node made here, and print the curl: make up [CONTEXT=name]
+	@$(BIN)/python -m tests.cluster.local up --context "$(CONTEXT)"
 
-test-quick: setup ## Run the tests without the demos
-	$(BIN)/pytest -m "not demo and not bench"
+down: setup ## Remove what `make up` made
+	@$(BIN)/python -m tests.cluster.local down --context "$(CONTEXT)"
+
+images: ## Build the three images: churn-jobs, churn-serving, churn-mlflow
+	@images/build
+
+test: setup ## Run all tests that need no cluster, three demos among them (20 minutes on two cores)
+	$(BIN)/pytest -m "not bench and not cluster"
+
+test-quick: setup ## Run them without the demos
+	$(BIN)/pytest -m "not demo and not bench and not cluster"
+
+test-cluster: setup ## Run the tests on a real Kubernetes; makes a node on this machine if need be (root on Linux)
+	@$(BIN)/python -m tests.cluster.local node
+	$(BIN)/pytest -m cluster
 
 bench: setup ## Measure what the commands cost, and the service against three other builds (needs wrk, redis, postgresql)
 	@$(BIN)/python -W ignore -m tests.bench.commands

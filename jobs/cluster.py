@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jobs.serving import Pod, Rollout, ServedTagChanged, StaleFence
+from jobs.serving import REFUSALS, Pod, Rollout, ServedTagChanged, StaleFence
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -356,7 +356,7 @@ def _refusal(pod: Pod) -> str | None:
     except urllib.error.HTTPError as error:
         with contextlib.suppress(OSError, http.client.HTTPException):
             said = _detail(error.read(2000))
-            return f"/readyz says {error.code}: {said}" if "golden" in said else None
+            return f"/readyz says {error.code}: {said}" if any(word in said for word in REFUSALS) else None
     except (OSError, http.client.HTTPException):
         pass  # it is starting
     return None

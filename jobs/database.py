@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -400,6 +401,18 @@ def ping(url: str) -> None:
             connection.execute(sa.text("SELECT 1"))
     except sa.exc.DBAPIError as error:
         raise _unusable(_parsed(url), error) from error
+
+
+def await_answer(url: str, seconds: float) -> None:
+    """Return when the database answers; raises what it says after so many seconds. Servers restart."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return ping(url)
+        except DatabaseError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1)
 
 
 def redact(url: str) -> str:

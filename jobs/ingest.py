@@ -174,6 +174,8 @@ def ingest_source(settings: Settings, *, now: datetime) -> list[IngestResult]:
     if settings.snapshots_source is None:
         raise ValueError("CHURN_SNAPSHOTS_SOURCE is not set; expected the folder or URL where snapshots arrive")
     with arrived(settings.snapshots_source, settings.home.resolve()) as source:
+        if source.is_relative_to(settings.home.resolve()):
+            source.mkdir(parents=True, exist_ok=True)  # a new volume: nothing has arrived yet
         _require_folder(source, "CHURN_SNAPSHOTS_SOURCE")
         return _ingest_folders(settings, source, now)
 

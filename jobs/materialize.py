@@ -24,6 +24,7 @@ from bentos.churn.database import sqlite_path
 from bentos.churn.online import entity_key
 from feature_repo.columns import ENTITY, FEATURE_TABLES, POPULATION, view_name
 from jobs import dataset
+from jobs.lease import Held, lease
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots, instant
 
@@ -42,12 +43,12 @@ CHUNK = 1000  # users read from the online store at a time
 class MaterializeResult:
     """What was written: `start` (exclusive) to `as_of`; `full` if the online store had lost its data."""
 
-    result: Literal["materialized", "newer_online", "dry_run"]
+    result: Literal["materialized", "newer_online", "dry_run", "held"]
     reason: str
-    snapshot: date
-    start: datetime
-    users: int
-    full: bool
+    snapshot: date | None = None
+    start: datetime | None = None
+    users: int = 0
+    full: bool = False
     compared: int = 0
 
 
@@ -60,8 +61,18 @@ def materialize(settings: Settings, *, as_of: datetime, dry_run: bool = False) -
 
     The window begins after the instant the store already holds, and always includes the newest snapshot, so that
     corrected data replaces the old. Raises LookupError without a snapshot, OnlineMismatch if what is read back
-    differs from what was written.
+    differs from what was written. While another does it the result is `held`.
     """
+    if dry_run:
+        return _materialize(settings, as_of=as_of, dry_run=True)
+    try:
+        with lease(settings, "materialize"):
+            return _materialize(settings, as_of=as_of, dry_run=False)
+    except Held as held:
+        return MaterializeResult("held", str(held))
+
+
+def _materialize(settings: Settings, *, as_of: datetime, dry_run: bool) -> MaterializeResult:
     snapshots = Snapshots(settings.snapshots)
     snapshots.recover()
     day = snapshots.newest(as_of)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 
-from jobs.serving import Pod
+from jobs.serving import REFUSALS, Pod
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class LocalPod:
         if answer.status_code != 200:
             reason = _reason(answer)
             self.message = f"/readyz says {answer.status_code}: {reason}"
-            if "golden" in reason:  # no other start will score otherwise; what else it says may pass
+            if any(word in reason for word in REFUSALS):  # what else it says may pass
                 self.refusal = self.message
             return False
         if not self.port:  # it is asked once who it is; a process cannot become another

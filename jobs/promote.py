@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from jobs.database import connect
+from jobs.database import await_answer, connect
 from jobs.failpoints import failpoint
 from jobs.history import History, Pin, Promotion
 from jobs.lease import Held, lease
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 POLL = 0.1  # seconds between looks at a rollout; on a cluster five times that
 PROBE_FOR = 10.0  # seconds until a client reaches what a settled rollout serves
+DATABASE_WITHIN = 45.0  # seconds for a database that restarts
 GOLDEN_TOLERANCE = 1e-6
 
 Action = Literal["promote", "follow", "pin", "restore", "rebuild"]
@@ -248,7 +249,12 @@ class Promoter:
         if open_row is not None:
             what = f"finish promotion {open_row.id} of version {open_row.to_version}"
         else:
-            want = decide(self.world())
+            try:
+                want = decide(self.world())
+            except RegistryError as error:
+                if self.history.last() is not None:
+                    raise
+                return PromoteResult("idle", f"nothing was promoted yet, and the model registry is not there: {error}")
             if isinstance(want, Idle):
                 self._refuse_what_cannot_serve()
                 return PromoteResult("idle", want.reason, self.serving.served_tag())
@@ -561,4 +567,5 @@ def promote(
     settings: Settings, *, serving: Serving | None = None, dry_run: bool = False, by: str = "promote"
 ) -> PromoteResult:
     """Bring what is served into line with the registry, once; see Promoter."""
+    await_answer(settings.database, DATABASE_WITHIN)
     return Promoter(settings, serving, by=by).run(dry_run=dry_run)

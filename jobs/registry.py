@@ -66,6 +66,11 @@ class ModelVersion:
     @property
     def trained_as_of(self) -> date:
         """The newest snapshot it was trained on."""
+        if "trained_as_of" not in self.tags:
+            raise RegistryError(
+                f"model version {self.version} has no tag trained_as_of: `churn retrain` did not make it; "
+                "give it the date of its snapshot, or move the alias to a version that has one"
+            )
         return date.fromisoformat(self.tags["trained_as_of"])
 
     @property

@@ -25,6 +25,7 @@ from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
 
+REFUSALS = ("golden", "sha256", "digest")  # words of /readyz that no other start of a bento will mend
 LOCK_FOR = 10.0  # seconds to wait for another writer of desired.json; it holds the lock for milliseconds
 
 

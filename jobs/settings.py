@@ -185,6 +185,13 @@ class Settings(BaseSettings):
             raise ValueError("expected no user or password in it, only host and port")
         return value
 
+    @field_validator("promotion_soak")
+    @classmethod
+    def _soak_ends(cls, value: timedelta) -> timedelta:
+        if value > timedelta(minutes=20):  # the Deployment's progressDeadlineSeconds, half an hour, must be longer
+            raise ValueError("expected at most 20m")
+        return value
+
     @field_validator("label_horizon")
     @classmethod
     def _horizon_is_days(cls, value: timedelta) -> timedelta:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -54,7 +55,9 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
         serving.rollout, problems, "the served tag", "remove a desired.json that is damaged, `churn promote` writes it"
     )
     url = None if rollout is None else _ask(lambda: serving.url, problems, "what serves", "restart `churn serve`")
-    days = _ask(Snapshots(settings.snapshots).days, problems, "the snapshots", "make the folder readable") or []
+    elsewhere = settings.deployment and not settings.snapshots.exists()
+    ask_days: Callable[[], list[date] | None] = (lambda: None) if elsewhere else Snapshots(settings.snapshots).days
+    days = _ask(ask_days, problems, "the snapshots", "make the folder readable")
     features_as_of = _online_as_of(settings, problems)
     pin, last, good, open_row, check = tables.pin, tables.last, tables.good, tables.open_row, tables.check
     training = tables.training
@@ -106,7 +109,7 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
             "since": open_row.opened_at.isoformat(),
         },
         "features_as_of": features_as_of,
-        "snapshots": [day.isoformat() for day in days],
+        "snapshots": None if days is None else [day.isoformat() for day in days],  # None: not this pod's volume
         "drift": None
         if check is None
         else {
@@ -238,7 +241,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     pin, drift = found["pinned"], found["drift"]
     last, training = found["last_promotion"], found["retrain"]
     versions = [f"{alias} {found[alias] or '-'}" for alias in ("production", "previous", "candidate")]
-    newest = ", ".join(found["snapshots"][-3:]) or "none"
+    newest = ", ".join((found["snapshots"] or [])[-3:]) or "none"
     shown = [("serving now", _serving_now(found)), ("versions", ", ".join(versions))]
     if pin:
         shown.append(("pinned", f"{pin['bento_tag']} by {pin['by']}: {pin['reason']} (`churn unpin` ends it)"))
@@ -246,7 +249,8 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         shown.append(("promoting", f"version {found['promoting']['to']} since {found['promoting']['since']}"))
     if last:
         shown.append(("last promotion", f"{last['result']} {last['from'] or '-'} -> {last['to']}: {last['reason']}"))
-    shown.append(("features", f"online as of {found['features_as_of'] or 'never'}; snapshots {newest}"))
+    have = f"; snapshots {newest}" if found["snapshots"] is not None else ""
+    shown.append(("features", f"online as of {found['features_as_of'] or 'never'}{have}"))
     if drift:
         auc = "" if drift["realised_auc"] is None else f", realised AUC {drift['realised_auc']:.3f}"
         shown.append(("drift", f"share {drift['share']:.4g}{auc}; {drift['decision']}: {drift['reason']}"))

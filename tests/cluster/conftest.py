@@ -19,7 +19,8 @@ _alive: list[Release] = []  # what a failing test reports on
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    if report.failed and item.get_closest_marker("cluster"):
+    told = call.excinfo is not None and "failed before" in str(call.excinfo.value)
+    if report.failed and not told and item.get_closest_marker("cluster"):
         for release in _alive:
             report.sections.append((f"release {release.name} in {release.namespace}", release.report()))
     return report

@@ -1,6 +1,6 @@
 """`make up` and `make down`: a cluster on this machine, the images, the release, and the curl that asks it.
 
-    python -m tests.cluster.local up | down | images     [--context NAME]
+    python -m tests.cluster.local up | down | node     [--context NAME]
 
 Which cluster, first that applies: the context that is named; the current one if it is kind's or minikube's; a kind
 cluster named churn, where Docker and kind are; the node of `tests.cluster.node`, for root on Linux. No other context is
@@ -178,7 +178,7 @@ def down(context: str) -> None:
 def main() -> int:
     """Exit code 0, or 1 with a sentence."""
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.local", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=("up", "down", "images"))
+    parser.add_argument("command", choices=("up", "down", "node"))
     parser.add_argument("--context", default=os.environ.get("CONTEXT", ""))
     arguments = parser.parse_args()
     try:
@@ -187,8 +187,9 @@ def main() -> int:
         elif arguments.command == "down":
             down(arguments.context)
         else:
-            images("node")
-            run(*NODE, "load", *OURS, *STAND_INS)
+            node = _node()
+            images(node.kind)
+            node.load()
     except (UpError, subprocess.TimeoutExpired) as error:
         print(f"make {arguments.command}: {error}", file=sys.stderr)
         return 1

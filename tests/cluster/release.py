@@ -281,11 +281,13 @@ class Release:
     def users(self) -> list[str]:
         """Users with features online: those given, or else those that Job `score` scores."""
         if not self.known_users:
+            end = self.bootstrapped()  # helm's --wait ends when a pod is ready, a moment before that is on record
+            assert end.complete, end
             end = self.job_from_cronjob("score")
             assert end.complete, end
-            self.known_users = [
-                row["user_id"] for row in self.rows("SELECT DISTINCT user_id FROM scores ORDER BY 1 LIMIT 500")
-            ]
+            found = self.rows("SELECT DISTINCT user_id FROM scores ORDER BY 1 LIMIT 500")
+            assert found, end
+            self.known_users = [row["user_id"] for row in found]
         return self.known_users
 
     def clients(self, count: int = 3) -> Clients:

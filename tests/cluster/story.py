@@ -32,15 +32,16 @@ def once(chapter: Callable[[Any], T]) -> property:
 
     @functools.wraps(chapter)
     def tell(story: Any) -> T:
-        if chapter.__name__ not in story.told:
+        name = chapter.__name__
+        if name in story.failed:
+            raise AssertionError(f"chapter {name} failed before: {story.failed[name]}")
+        if name not in story.told:
             try:
-                story.told[chapter.__name__] = chapter(story)
+                story.told[name] = chapter(story)
             except Exception as error:
-                story.told[chapter.__name__] = error
-        found = story.told[chapter.__name__]
-        if isinstance(found, Exception):
-            raise AssertionError(f"chapter {chapter.__name__} failed: {found}") from found
-        return found  # type: ignore[no-any-return]
+                story.failed[name] = str(error).splitlines()[0]
+                raise
+        return story.told[name]  # type: ignore[no-any-return]
 
     return property(tell)
 
@@ -86,6 +87,7 @@ class Story:
     def __init__(self, release: Release, snapshots: Snapshots) -> None:
         self.release, self.snapshots = release, snapshots
         self.told: dict[str, Any] = {}
+        self.failed: dict[str, str] = {}
         release.known_users = snapshots.users(SECOND)
 
     @once
