@@ -7,10 +7,10 @@ SEED ?= 0
 CONTEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop serve up down images test test-quick test-cluster bench lint format lock clean
+.PHONY: help setup demo stop serve up down images node-build test test-quick test-cluster bench lint format lock clean
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## Create the virtual environment in .venv, from pinned and hashed requirements
 
@@ -40,6 +40,9 @@ up: setup ## Install the chart on kind, minikube or a node made here, and print 
 down: setup ## Remove what `make up` made
 	@$(BIN)/python -m tests.cluster.local down --context "$(CONTEXT)"
 
+node-build: setup ## Build the node's binaries, Helm and kubectl among them, into ~/.cache/churn (half an hour, once)
+	@$(BIN)/python -m tests.cluster.node build
+
 images: ## Build the three images: churn-jobs, churn-serving, churn-mlflow
 	@images/build
 
@@ -49,9 +52,9 @@ test: setup ## Run all tests that need no cluster, three demos among them (20 mi
 test-quick: setup ## Run them without the demos
 	$(BIN)/pytest -m "not demo and not bench and not cluster"
 
-test-cluster: setup ## Run the tests on a real Kubernetes; makes a node on this machine if need be (root on Linux)
+test-cluster: setup ## Run the tests of the chart, and those on a real Kubernetes node that it makes (root on Linux)
 	@$(BIN)/python -m tests.cluster.local node
-	$(BIN)/pytest -m cluster
+	$(BIN)/pytest tests/charts tests/cluster
 
 bench: setup ## Measure what the commands cost, and the service against three other builds (needs wrk, redis, postgresql)
 	@$(BIN)/python -W ignore -m tests.bench.commands

@@ -187,6 +187,21 @@ def ingest(
 
 
 @app.command()
+def receive() -> None:
+    """Take day folders as a .tar.gz from standard input into the folder where snapshots arrive: `kubectl churn put`."""
+    with _job(False) as settings:
+        from jobs.sources import receive as run
+
+        if settings.snapshots_source is None or "://" in settings.snapshots_source:
+            raise ValueError(
+                "snapshots are not taken from a folder; set snapshots.source (CHURN_SNAPSHOTS_SOURCE) to one, "
+                "such as /data/incoming"
+            )
+        days = run(sys.stdin.buffer, Path(settings.snapshots_source))
+        typer.echo(f"received {', '.join(days)} into {settings.snapshots_source}; `materialize` ingests them")
+
+
+@app.command()
 def materialize(as_of: AsOf = None, dry_run: DryRun = False, json_: Json = False) -> None:
     """Ingest what arrived in snapshots_source, then bring features into the online store."""
     with _job(json_) as settings:

@@ -82,6 +82,29 @@ def arrived(source: str, home: Path) -> Iterator[Path]:
         yield copy
 
 
+def receive(archive: IO[bytes], folder: Path) -> list[str]:
+    """Unpack a .tar.gz of day folders into the folder where snapshots arrive; the days, each whole or not at all.
+
+    How files get from somebody's machine onto the cluster's volume. A day that is there already is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".receiving-", dir=folder) as scratch:
+        new = _Copy(Path(scratch) / "new", folder)
+        try:
+            _untar(archive, new)
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise SourceError(f"what was sent is no whole .tar.gz: {error}") from None
+        days = sorted(path.name for path in new.folder.iterdir())
+        if not days:
+            found = ", ".join(sorted(new.skipped)[:5]) or "nothing"
+            raise SourceError(f"expected folders named YYYY-MM-DD at the top of what was sent, found {found}")
+        for day in days:
+            if (folder / day).exists():
+                (folder / day).rename(Path(scratch) / day)
+            (new.folder / day).rename(folder / day)
+    return days
+
+
 def _bring(source: str, copy: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=copy.parent) as scratch:
         new = _Copy(Path(scratch) / "new", copy)
@@ -193,7 +216,7 @@ def _unzip(archive: Path, new: _Copy) -> None:
                     _unpack(new, member.filename, file, member.file_size)
 
 
-def _untar(archive: Path, new: _Copy) -> None:
+def _untar(archive: Path | IO[bytes], new: _Copy) -> None:
     with gzip.open(archive) as packed:
         limited = _Limited(packed)
         with tarfile.open(fileobj=limited, mode="r|") as tar:  # type: ignore[call-overload]

@@ -71,7 +71,7 @@ class Clients:
 
     with Clients(address, users) as clients:
         ...
-    assert not clients.failed
+    clients.check_none_failed()
     """
 
     def __init__(self, address: Address, users: Sequence[str], *, count: int = 3) -> None:
@@ -127,6 +127,11 @@ class Clients:
     def failed(self) -> list[Reply]:
         """All others; only users that exist are asked for, so none is meant to be refused."""
         return [reply for reply in list(self.replies) if reply.status != 200]
+
+    def check_none_failed(self) -> None:
+        """Fail if any did, with the first few of them."""
+        if self.failed:
+            raise AssertionError(str(self))
 
     @property
     def versions(self) -> list[int]:

@@ -70,7 +70,7 @@ def test_predictions_are_in_the_external_database(release: Release) -> None:
     """In the release's own schema, written by the role that may do no more."""
     with release.clients(count=2) as clients:
         wait_until("some answers", lambda: len(clients.answered) >= 50, within=30)
-    assert not clients.failed, clients
+    clients.check_none_failed()
     release.check_logged_once(clients)
 
 

@@ -70,7 +70,7 @@ def test_the_clock_moves_by_an_upgrade_and_nobody_notices(story: Story) -> None:
     """`helm upgrade --set asOf=…` restarts the service under load: no request fails, version 1 answers throughout."""
     clients = story.upgraded
     print(clients)
-    assert not clients.failed, clients
+    clients.check_none_failed()
     assert clients.versions == [1]
     story.release.check_logged_once(clients)
 
@@ -89,7 +89,7 @@ def test_no_request_fails_while_the_served_tag_changes(story: Story) -> None:
     and `/predict` reports version 2."""
     promoted = story.promoted
     print(f"{promoted.clients}, longest gap between answers {promoted.longest_gap * 1000:.0f} ms")
-    assert not promoted.clients.failed, promoted.clients
+    promoted.clients.check_none_failed()
     assert promoted.clients.tags == [promoted.old_tag, promoted.new_tag]
     assert promoted.clients.versions == [1, 2]
     assert story.release.predict()["model_version"] == 2

@@ -47,7 +47,8 @@ def test_each_host_is_answered_by_its_own_model(
 ) -> None:
     """Two releases in two namespaces (two hosts), at once, do not meet."""
     ours, theirs = asked
-    assert not ours.failed and not theirs.failed, f"{ours}; {theirs}"
+    ours.check_none_failed()
+    theirs.check_none_failed()
     assert (ours.tags, theirs.tags) == ([hosted.served_tag()], [other.served_tag()])
     assert hosted.served_tag() != other.served_tag()
 
@@ -87,7 +88,7 @@ def test_uninstall_leaves_claims_and_the_secret_and_says_so(hosted: Release, oth
     assert hosted.left() == kept
     for name in (*(f"churn-{store}" for store in STORES), "[Secret] churn"):
         assert name in said, said
-    assert not clients.failed, clients
+    clients.check_none_failed()
 
 
 def test_an_install_after_it_finds_volumes_and_passwords_again(hosted: Release) -> None:

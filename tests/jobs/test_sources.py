@@ -23,7 +23,7 @@ from jobs import ingest as ingest_module
 from jobs import sources
 from jobs.ingest import ingest_source
 from jobs.settings import Settings
-from jobs.sources import SourceError, arrived
+from jobs.sources import SourceError, arrived, receive
 from tests.jobs.test_ingest import FEBRUARY, JANUARY, NOW, USERS, state
 from tests.jobs.test_ingest import simulate as simulated
 
@@ -453,3 +453,49 @@ def test_what_arrived_at_a_url_is_ingested_once(
         web.etags = False
         web.files["/m.zip"] = zipped(dict(reversed(files.items())))
         assert ingest_source(settings, now=NOW) == []
+
+
+# --- sent by somebody ------------------------------------------------------------------------------------
+
+
+def sent(**files: bytes) -> io.BytesIO:
+    """A .tar.gz as `kubectl churn put` sends it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return io.BytesIO(packed.getvalue())
+
+
+def test_what_is_sent_replaces_its_day_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "2024-01-31").mkdir()
+    (tmp_path / "2024-01-31" / "users.csv").write_text("january")
+    assert receive(sent(**{"2024-02-29/users.csv": b"old", "2024-02-29/gone.csv": b"x"}), tmp_path) == ["2024-02-29"]
+
+    assert receive(sent(**{"2024-02-29/users.csv": b"new", "notes.txt": b"skipped"}), tmp_path) == ["2024-02-29"]
+
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"2024-01-31/users.csv": "january", "2024-02-29/users.csv": "new"}
+
+
+@pytest.mark.parametrize(
+    ("archive", "said"),
+    [
+        pytest.param(io.BytesIO(b"no archive"), "no whole .tar.gz", id="no-archive"),
+        pytest.param(
+            io.BytesIO(sent(**{"2024-02-29/users.csv": b"x" * 9000}).getvalue()[:-20]), "no whole .tar.gz", id="half"
+        ),
+        pytest.param(
+            sent(**{"january/users.csv": b"x"}), "YYYY-MM-DD at the top of what was sent, found january", id="no-day"
+        ),
+        pytest.param(sent(**{"../2024-02-29/users.csv": b"x"}), "outside the folder", id="elsewhere"),
+        pytest.param(sent(), "found nothing", id="empty"),
+    ],
+)
+def test_what_is_not_whole_changes_nothing(tmp_path: Path, archive: io.BytesIO, said: str) -> None:
+    with pytest.raises(SourceError, match=said):
+        receive(archive, tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
