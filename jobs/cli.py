@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -76,6 +78,7 @@ def _job(as_json: bool) -> Iterator[Settings]:
     except SettingsError as error:
         typer.echo(f"churn: {error}", err=True)
         raise typer.Exit(2) from None
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield settings
     except KeyboardInterrupt:
@@ -89,6 +92,13 @@ def _job(as_json: bool) -> Iterator[Settings]:
             raise
         typer.echo(f"churn: {error or type(error).__name__}", err=True)
         raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is Ctrl-C: leases are given back. In a container, as process 1, it would otherwise do nothing at all."""
+    raise KeyboardInterrupt
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,9 @@
 {{- $pdb := $v.serving.pdb -}}
 {{- if $pdb.enabled -}}
 {{- $stay := toString $pdb.minAvailable -}}
-{{- if or (eq $stay "100%") (and (regexMatch "^[0-9]+$" $stay) (ge (int $stay) $pods)) -}}
+{{- /* Kubernetes rounds a percentage up. */ -}}
+{{- $staying := ternary (ceil (divf (mulf (trimSuffix "%" $stay | float64) $pods) 100)) ($stay | float64) (hasSuffix "%" $stay) | int -}}
+{{- if and (ne $stay "") (ge $staying $pods) -}}
 {{- $wrong = append $wrong (printf "serving.pdb.minAvailable is %s of %d pods: no node with one of them could ever be drained. Leave it empty and keep serving.pdb.maxUnavailable at 1, or run more pods (serving.replicas)." $stay $pods) -}}
 {{- else if and (eq $stay "") (has (toString $pdb.maxUnavailable) (list "0" "0%")) -}}
 {{- $wrong = append $wrong "serving.pdb.maxUnavailable is 0: no node with a pod of the service could ever be drained. Set it to 1." -}}
@@ -57,10 +59,14 @@
 {{- $wrong = append $wrong (printf "jobs.drift.driftK (%v) is more than jobs.drift.driftN (%v): so many of the last snapshots can never have drifted. Raise driftN." $v.jobs.drift.driftK $v.jobs.drift.driftN) -}}
 {{- end -}}
 
+{{- if and $v.asOf (ne $v.asOf (toDate "2006-01-02" $v.asOf | date "2006-01-02")) -}}
+{{- $wrong = append $wrong (printf "asOf is %s, which is no day of the calendar; expected such as 2024-02-29." $v.asOf) -}}
+{{- end -}}
+
 {{- $source := $v.snapshots.source -}}
 {{- if contains "://" $source -}}
 {{- if not (regexMatch "^(https?|s3|gs)://[^/]" $source) -}}
-{{- $wrong = append $wrong (printf "snapshots.source is %q; expected a URL that begins with https://, http://, s3:// or gs://, or a folder below /data." $source) -}}
+{{- $wrong = append $wrong (printf "snapshots.source is %q; expected a URL that begins with https://, http://, s3:// or gs://, or a folder below /data." (regexReplaceAll "//.*@" $source "//***@")) -}}
 {{- else if (urlParse $source).userinfo -}}
 {{- $wrong = append $wrong "snapshots.source holds a user or password, which everybody could read in a ConfigMap. Give credentials by jobs.extraEnv from a Secret, or by serviceAccount.annotations." -}}
 {{- else if and (hasPrefix "http" $source) (not (regexMatch "\\.(zip|tar\\.gz|tgz)$" (urlParse $source).path)) -}}
@@ -75,7 +81,7 @@
 {{- $wrong = append $wrong "externalMlflow.url is set, but mlflow.enabled is true. Set mlflow.enabled to false to use yours, or remove the url." -}}
 {{- end -}}
 {{- else if not (regexMatch "^https?://[^/@]+(/|$)" $v.externalMlflow.url) -}}
-{{- $wrong = append $wrong (printf "mlflow.enabled is false, and externalMlflow.url is %q; expected such as https://mlflow.example.com, without user or password." $v.externalMlflow.url) -}}
+{{- $wrong = append $wrong (printf "mlflow.enabled is false, and externalMlflow.url is %q; expected such as https://mlflow.example.com, without user or password." (regexReplaceAll "//.*@" $v.externalMlflow.url "//***@")) -}}
 {{- end -}}
 {{- if and $v.postgres.enabled $v.externalPostgres.existingSecret -}}
 {{- $wrong = append $wrong "externalPostgres.existingSecret is set, but postgres.enabled is true. Set postgres.enabled to false to use yours, or remove the Secret's name." -}}

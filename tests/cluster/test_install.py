@@ -83,6 +83,31 @@ def test_restricted_pod_security_refuses_no_pod(installed: Release) -> None:
     assert [event["message"] for event in installed.events("FailedCreate")] == []
 
 
+def test_no_container_had_to_be_restarted(installed: Release) -> None:
+    """Everything starts at once and waits for what it needs, instead of crashing until that is there."""
+    restarted = {
+        f"{pod['metadata']['name']}/{container['name']}": container["lastState"]
+        for pod in installed.get("pods", f"--selector=app.kubernetes.io/instance={installed.name}")["items"]
+        for container in pod["status"].get("containerStatuses", [])
+        if container["restartCount"]
+    }
+    assert restarted == {}
+
+
+def _millicores(spec: dict[str, Any]) -> int:
+    asked = [container["resources"]["requests"]["cpu"] for container in spec["template"]["spec"]["containers"]]
+    return sum(int(cpu[:-1]) if cpu.endswith("m") else 1000 * int(cpu) for cpu in asked)
+
+
+def test_a_release_fits_into_450_millicores(installed: Release) -> None:
+    """CPU requests at most, surge pod, the largest Job and promote included, so that two fit on two cores."""
+    deployments = [d["spec"] for d in installed.get("deployments")["items"]]
+    cronjobs = {c["metadata"]["name"]: c["spec"]["jobTemplate"]["spec"] for c in installed.get("cronjobs")["items"]}
+    surge = _millicores(installed.deployment()["spec"])
+    jobs = _millicores(cronjobs.pop("promote")) + max(_millicores(spec) for spec in cronjobs.values())
+    assert sum(spec["replicas"] * _millicores(spec) for spec in deployments) + surge + jobs <= 450
+
+
 def test_status_and_history_are_there_by_kubectl(installed: Release) -> None:
     """`kubectl churn status|history`: exit code 0, and what was promoted."""
     status = installed.churn("status")

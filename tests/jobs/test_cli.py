@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.lease import lease
 from jobs.settings import Settings
 from jobs.supervisor import as_environment
 from tests.conftest import REPOSITORY
@@ -191,3 +192,31 @@ def test_make_help_lists_every_target() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     phony = next(line for line in makefile.splitlines() if line.startswith(".PHONY:")).split()[1:]
     assert [name for name in phony if f"make {name} " not in listed] == []
+
+
+def test_sigterm_is_an_interruption_that_gives_its_lease_back(tmp_path: Path) -> None:
+    """A pod that is deleted: process 1 of a container dies of no signal that it does not handle."""
+    script = (
+        "import sys, time\n"
+        "from jobs import cli, retrain\n"
+        "def train(*_, **__):\n"
+        "    print('training', flush=True)\n"
+        "    time.sleep(60)\n"
+        "retrain._retrain = train\n"
+        "sys.argv = ['churn', 'retrain']\n"
+        "cli.main()\n"
+    )
+    environment = {**os.environ, "CHURN_HOME": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "training\n"
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+
+    assert (process.returncode, said.splitlines()[-1]) == (
+        130,
+        "churn: interrupted; the next run finishes or undoes what was begun",
+    )
+    with lease(settings_for(tmp_path), "retrain"):
+        pass
