@@ -63,6 +63,15 @@
 {{- $wrong = append $wrong (printf "asOf is %s, which is no day of the calendar; expected such as 2024-02-29." $v.asOf) -}}
 {{- end -}}
 
+{{- $soak := include "churn.seconds" $v.promotion.promotionSoak | int -}}
+{{- if gt $soak 1200 -}}
+{{- $wrong = append $wrong (printf "promotion.promotionSoak is %s; expected at most 20m: after half an hour Kubernetes calls the rollout failed." $v.promotion.promotionSoak) -}}
+{{- end -}}
+{{- $limit := (include "churn.job" (list . "promote") | fromYaml).activeDeadlineSeconds | int -}}
+{{- if ge (add (include "churn.seconds" $v.promotion.promotionDeadline) $soak) $limit -}}
+{{- $wrong = append $wrong (printf "jobs.promote.activeDeadlineSeconds is %d: promotion would be stopped before promotion.promotionDeadline (%s) and promotion.promotionSoak (%s) are over. Raise it, or lower these." $limit $v.promotion.promotionDeadline $v.promotion.promotionSoak) -}}
+{{- end -}}
+
 {{- $source := $v.snapshots.source -}}
 {{- if contains "://" $source -}}
 {{- if not (regexMatch "^(https?|s3|gs)://[^/]" $source) -}}
@@ -125,6 +134,12 @@
 {{- if $wrong -}}
 {{- fail (printf "\n\n- %s\n" (join "\n- " $wrong)) -}}
 {{- end -}}
+{{- end }}
+
+{{/* churn.seconds: 3m as a number of seconds. Used by churn.validate. */}}
+{{- define "churn.seconds" -}}
+{{- $unit := regexFind "[smhd]$" . -}}
+{{- mul (trimSuffix $unit .) (get (dict "s" 1 "m" 60 "h" 3600 "d" 86400) $unit) -}}
 {{- end }}
 
 {{/* churn.isCron: "yes" if text is a schedule Kubernetes takes. Used by churn.validate. */}}

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -29,25 +29,25 @@ Done = subprocess.CompletedProcess[str]
 class Loader(yaml.CSafeLoader):
     """YAML as Kubernetes reads it: a date is text, and a key that comes twice is an error."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-    }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _mapping(loader: Loader, node: yaml.MappingNode) -> Object:
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} twice", node.start_mark)
+    return cast(Object, loader.construct_mapping(node, deep=True))
 
 
-Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
+Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse(text: str) -> list[Object]:
     """The objects of a rendering, or of a values file."""
-    return [document for document in yaml.load_all(text, Loader) if document]  # noqa: S506  it is a safe one
+    return [document for document in yaml.load_all(text, Loader) if document]
 
 
 @functools.cache
@@ -97,7 +97,7 @@ class Chart:
         namespace: str = NAMESPACE,
     ) -> str:
         """What `helm template` prints for one of the files in `ci/`, and values (YAML) laid over it."""
-        files = [] if ci == "default" else ["-f", self.folder / "ci" / f"{ci}-values.yaml"]
+        files: list[str | Path] = [] if ci == "default" else ["-f", self.folder / "ci" / f"{ci}-values.yaml"]
         over = ["-f", "-"] if values else []
         command = ("template", release, self.folder, "--namespace", namespace, *files, *over, *arguments)
         done = self.run(*command, values=values, helm=helm)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,10 @@ if asked[:2] == ["get", "pods"]:
     if len(left) > 1:
         (home / "situation.json").write_text(json.dumps({**situation, "states": left[1:]}))
     sys.exit(0)
+if asked[0] == "attach":
+    (home / "attached").write_bytes(sys.stdin.buffer.read())
+    print(situation["log"])
+    sys.exit(0)
 if asked[0] == "logs":
     print(situation["log"])
     sys.exit(0)
@@ -90,7 +95,7 @@ class Kubectl:
             "states": ["churn-x|Succeeded|0| "], "list_fails": 0, "create_fails": 0,
         }
     )  # fmt: skip
-    shell: Sequence[str] = ("sh",)
+    interpreter: Sequence[str] = ("sh",)
 
     def churn(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run the plugin."""
@@ -98,9 +103,19 @@ class Kubectl:
         program = self.home / "kubectl"
         program.write_text(f"#!{sys.executable} -IS\n{FAKE}")
         program.chmod(0o755)
-        environment = {**os.environ, "PATH": f"{self.home}:{os.environ['PATH']}", "FAKE_HOME": str(self.home), **environ}
+        environment = {
+            **os.environ,
+            "PATH": f"{self.home}:{os.environ['PATH']}",
+            "FAKE_HOME": str(self.home),
+            **environ,
+        }
         return subprocess.run(
-            [*self.shell, str(PLUGIN), *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+            [*self.interpreter, str(PLUGIN), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     @property
@@ -131,7 +146,7 @@ def each_shell(request: pytest.FixtureRequest, tmp_path: Path) -> Kubectl:
     """The same in each shell that is here: `sh` is another one on each system."""
     if shutil.which(request.param) is None:
         pytest.skip(f"no {request.param} here")
-    return Kubectl(tmp_path, shell=[request.param, *(["sh"] if request.param == "busybox" else [])])
+    return Kubectl(tmp_path, interpreter=[request.param, *(["sh"] if request.param == "busybox" else [])])
 
 
 @pytest.mark.parametrize("shell", ["sh", "dash", "bash", "busybox"])
@@ -151,10 +166,11 @@ def test_it_can_be_copied_to_the_path_as_it_is() -> None:
 def test_its_commands_are_those_of_the_command_line(kubectl: Kubectl) -> None:
     """And each that it names in its help is one it takes."""
     known = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(COMMANDS) <= known
+    assert {*COMMANDS, "receive"} <= known
     usage = kubectl.churn("--help").stdout
-    lines = re.findall(r"^  ([a-z|\- ]+?)(?: N| \[.*)?  ", usage, re.MULTILINE)
-    assert {word for line in lines for word in re.split(r"[ |]+", line) if word in known} == set(COMMANDS)
+    lines = re.findall(r"^  ([a-z|\- ]+?)(?: [A-Z]+| \[.*)?  ", usage, re.MULTILINE)
+    named = {word for line in lines for word in re.split(r"[ |]+", line) if word in {*known, "put"}}
+    assert named == {*COMMANDS, "put"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -176,6 +192,8 @@ def test_a_command_makes_a_job_with_its_arguments(kubectl: Kubectl, command: str
         (["-n"], "-n needs a value"),
         (["status", "--namespace"], "--namespace needs a value"),
         (["status", "--timeout", "soon"], '--timeout is "soon"; expected seconds'),
+        (["put"], "put needs a folder"),
+        (["put", "/nowhere"], "put needs a folder"),
         (["drift"], "kubectl create job --from=cronjob/drift"),
         (["rollback", "--reason", "two\nlines"], "more than one line"),
         ([""], "kubectl churn [-n NAMESPACE]"),
@@ -277,6 +295,26 @@ def test_the_job_is_nobody_s_is_tried_once_and_says_who_asked(kubectl: Kubectl) 
     assert env == {"CHURN_DATABASE_URL": None, "USER": 'o\'neill "x"', "CHURN_LOG_LEVEL": "WARNING"}
 
 
+def test_put_sends_a_folder_to_a_job_with_the_data_volume(each_shell: Kubectl, chart: Chart, tmp_path: Path) -> None:
+    """As a tar on the standard input of `churn receive`, in a Job from CronJob materialize."""
+    each_shell.situation["spec"] = one(chart.objects(), "CronJob/materialize")["spec"]["jobTemplate"]["spec"]
+    each_shell.situation["states"] = ["churn-x|Running|| ", "churn-x|Running|| ", "churn-x|Succeeded|0| "]
+    each_shell.situation["cronjobs"] = ["cronjob.batch/materialize"]
+    folder = tmp_path / "my snapshots"
+    (folder / "2024-02-29").mkdir(parents=True)
+    (folder / "2024-02-29" / "users.csv").write_text("user_id\n")
+    done = each_shell.churn("put", str(folder))
+    assert (done.returncode, done.stdout) == (0, "what the job said\n"), done.stderr
+    selector = each_shell.calls[0][each_shell.calls[0].index("-l") + 1]
+    assert "app.kubernetes.io/component=materialize" in selector
+    assert each_shell.container["args"] == ["receive"]
+    assert each_shell.container["stdin"] is each_shell.container["stdinOnce"] is True
+    (volume,) = [v for v in each_shell.made["spec"]["template"]["spec"]["volumes"] if v["name"] == "data"]
+    assert "persistentVolumeClaim" in volume
+    with tarfile.open(each_shell.home / "attached") as archive:
+        assert [member.name for member in archive if member.isfile()] == ["./2024-02-29/users.csv"]
+
+
 def test_no_release_is_told(kubectl: Kubectl) -> None:
     kubectl.situation["cronjobs"] = []
     done = kubectl.churn("status", "-n", "empty")
@@ -300,7 +338,9 @@ def test_a_release_is_found_by_its_labels(kubectl: Kubectl, chart: Chart) -> Non
     assert done.returncode == 0, done.stderr
     listing, making, *_ = kubectl.calls
     selector = dict(pair.split("=") for pair in listing[listing.index("-l") + 1].split(","))
-    labels = one(chart.objects(release="eu", values="jobs: {namePrefix: eu-}"), "CronJob/eu-promote")["metadata"]["labels"]
+    labels = one(chart.objects(release="eu", values="jobs: {namePrefix: eu-}"), "CronJob/eu-promote")["metadata"][
+        "labels"
+    ]
     assert selector.items() <= labels.items()
     assert "app.kubernetes.io/instance" in selector
     assert "--from=cronjob/eu-promote" in making
@@ -346,7 +386,11 @@ def test_notes_name_commands_that_work(chart: Chart, notes: Callable[..., str]) 
     assert set(re.findall(r"service/(\S+)", said)) <= services
     assert set(re.findall(r"kubectl churn -n ns (\w+)", said)) <= set(COMMANDS)
     assert "THE DATA IS SIMULATED" in said
-    kept = {f"{'pvc' if o['kind'][0] == 'P' else 'secret'}/{o['metadata']['name']}" for o in objects if "resource-policy" in str(o)}
+    kept = {
+        f"{'pvc' if o['kind'][0] == 'P' else 'secret'}/{o['metadata']['name']}"
+        for o in objects
+        if "resource-policy" in str(o)
+    }
     assert set(re.findall(r"(?:pvc|secret)/\S+", said)) == kept
 
 

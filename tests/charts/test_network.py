@@ -114,8 +114,16 @@ def test_what_is_reached_outside(rendered: Callable[[str], list[Object]], source
     "stranger",
     [
         OUTSIDE,
-        {"app.kubernetes.io/name": "churn", "app.kubernetes.io/instance": "other", "app.kubernetes.io/component": "promote"},
-        {"app.kubernetes.io/name": "other", "app.kubernetes.io/instance": "churn", "app.kubernetes.io/component": "promote"},
+        {
+            "app.kubernetes.io/name": "churn",
+            "app.kubernetes.io/instance": "other",
+            "app.kubernetes.io/component": "promote",
+        },
+        {
+            "app.kubernetes.io/name": "other",
+            "app.kubernetes.io/instance": "churn",
+            "app.kubernetes.io/component": "promote",
+        },
         {"app.kubernetes.io/component": "promote"},
     ],
     ids=["outside", "another release's", "another chart's", "without a name"],
@@ -127,7 +135,11 @@ def test_strangers_reach_the_service_alone(rendered: Callable[[str], list[Object
 
 def test_a_new_component_of_the_release_reaches_nothing(rendered: Callable[[str], list[Object]]) -> None:
     """`default-deny` finds it, until it has a policy of its own."""
-    labels = {"app.kubernetes.io/name": "churn", "app.kubernetes.io/instance": "churn", "app.kubernetes.io/component": "new"}
+    labels = {
+        "app.kubernetes.io/name": "churn",
+        "app.kubernetes.io/instance": "churn",
+        "app.kubernetes.io/component": "new",
+    }
     assert reachable(rendered("default"), labels) == set()
     assert ports_outside(rendered("default"), labels) == set()
 

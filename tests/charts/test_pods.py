@@ -126,7 +126,9 @@ def test_images_are_what_the_values_say(chart: Chart) -> None:
 
 
 def test_security_contexts_can_be_laid_over(chart: Chart) -> None:
-    values = "{podSecurityContext: {supplementalGroups: [2000], runAsUser: 5}, containerSecurityContext: {runAsUser: 6}}"
+    values = (
+        "{podSecurityContext: {supplementalGroups: [2000], runAsUser: 5}, containerSecurityContext: {runAsUser: 6}}"
+    )
     for pod in pods(chart.objects(values=values)):
         assert pod.spec["securityContext"]["supplementalGroups"] == [2000]
         assert pod.spec["securityContext"]["runAsUser"] == 5
@@ -160,7 +162,9 @@ def test_jobs_on_one_volume_keep_together(rendered: Callable[[str], list[Object]
     term = "requiredDuringSchedulingIgnoredDuringExecution"
     for ci, together in (("default", True), ("own-data", False)):
         for pod in pods(rendered(ci)):
-            on_volume = any(v.get("persistentVolumeClaim", {}).get("claimName") == "churn-data" for v in pod.spec["volumes"])
+            on_volume = any(
+                v.get("persistentVolumeClaim", {}).get("claimName") == "churn-data" for v in pod.spec["volumes"]
+            )
             terms = pod.spec.get("affinity", {}).get("podAffinity", {}).get(term, [])
             assert bool(terms) == (on_volume and together), f"{ci} {pod.owner}"
             for found in terms:
@@ -228,7 +232,9 @@ def test_probes_ask_what_the_service_answers(objects: list[Object]) -> None:
 def test_named_ports_and_backends_exist(objects: list[Object]) -> None:
     services = {}
     for service in of_kind(objects, "Service"):
-        (pod,) = [p for p in pods(of_kind(objects, "Deployment")) if service["spec"]["selector"].items() <= p.labels.items()]
+        (pod,) = [
+            p for p in pods(of_kind(objects, "Deployment")) if service["spec"]["selector"].items() <= p.labels.items()
+        ]
         ports = {port["name"] for container in pod.containers for port in container.get("ports", ())}
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports, name_of(service)
         services[service["metadata"]["name"]] = {p["name"]: p["port"] for p in service["spec"]["ports"]}
@@ -251,7 +257,9 @@ def test_named_ports_and_backends_exist(objects: list[Object]) -> None:
         ("httproute", ["/predict"]),
     ],
 )
-def test_only_predict_is_reached_from_outside(rendered: Callable[[str], list[Object]], ci: str, paths: list[str]) -> None:
+def test_only_predict_is_reached_from_outside(
+    rendered: Callable[[str], list[Object]], ci: str, paths: list[str]
+) -> None:
     """Exactly: /info, /metrics and whatever the service learns to answer stay inside."""
     found = [
         (path["path"], path["pathType"])
@@ -281,7 +289,9 @@ def test_only_predict_is_reached_from_outside(rendered: Callable[[str], list[Obj
         ("metrics: {dashboards: {enabled: true}}", set()),
     ],
 )
-def test_a_changed_setting_restarts_what_reads_it_and_nothing_else(chart: Chart, values: str, changes: set[str]) -> None:
+def test_a_changed_setting_restarts_what_reads_it_and_nothing_else(
+    chart: Chart, values: str, changes: set[str]
+) -> None:
     """Bootstrap is made anew: whoever mends a wrong setting gets another try."""
 
     def templates(objects: list[Object]) -> dict[str, Any]:
@@ -320,7 +330,9 @@ def test_mlflow_answers_to_each_name_it_is_asked_by(chart: Chart) -> None:
     objects = chart.objects(values="{clusterDomain: corp.local, mlflow: {extraAllowedHosts: [mlflow.example.com]}}")
     (pod,) = pods([one(objects, "Deployment/churn-mlflow")])
     (words,) = [c["command"] for c in pod.containers]
-    (hosts,) = [word.removeprefix("--allowed-hosts=").split(",") for word in words if word.startswith("--allowed-hosts=")]
+    (hosts,) = [
+        word.removeprefix("--allowed-hosts=").split(",") for word in words if word.startswith("--allowed-hosts=")
+    ]
     names = ["churn-mlflow"] + [f"churn-mlflow.churn-ns{end}" for end in ("", ".svc", ".svc.corp.local")]
     assert {*names, *(f"{name}:5000" for name in names), "localhost", "localhost:*", "mlflow.example.com"} <= set(hosts)
     assert {"--workers=1", "--port=5000", "--serve-artifacts"} <= set(words)

@@ -66,7 +66,7 @@ def test_helm_3_and_helm_4_render_the_same(chart: Chart, ci: str) -> None:
 
 
 def test_lint(chart: Chart, ci: str, helm: Path) -> None:
-    file = [] if ci == "default" else ["-f", CHART / "ci" / f"{ci}-values.yaml"]
+    file: list[str | Path] = [] if ci == "default" else ["-f", CHART / "ci" / f"{ci}-values.yaml"]
     done = chart.run("lint", "--strict", CHART, *file, helm=helm)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -208,7 +208,9 @@ def test_config_is_text(objects: list[Object]) -> None:
     wrong = []
     for obj in objects:
         for place in ("labels", "annotations"):
-            wrong += [f"{name_of(obj)}: {k}" for k, v in obj["metadata"].get(place, {}).items() if not isinstance(v, str)]
+            wrong += [
+                f"{name_of(obj)}: {k}" for k, v in obj["metadata"].get(place, {}).items() if not isinstance(v, str)
+            ]
         if obj["kind"] in ("ConfigMap", "Secret"):
             wrong += [f"{name_of(obj)}: {k}" for k, v in obj["data"].items() if not isinstance(v, str)]
     for pod in pods(objects):

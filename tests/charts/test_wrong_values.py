@@ -228,6 +228,12 @@ CONTRADICTIONS: list[Case] = [
     ("serving: {podAnnotations: {churn/bento-tag: 'churn:v1-0'}}", "serving.podAnnotations", "kubectl churn rollback --to N"),
     ("serving: {podAnnotations: {churn/fence: '1'}}", "serving.podAnnotations", "belongs to promotion"),
     ("jobs: {drift: {driftK: 3, driftN: 2}}", "jobs.drift.driftK", "Raise driftN"),
+    ("promotion: {promotionSoak: 21m}", "promotion.promotionSoak", "expected at most 20m"),
+    (
+        "promotion: {promotionDeadline: 30m}",
+        "jobs.promote.activeDeadlineSeconds", "before promotion.promotionDeadline (30m)",
+    ),
+    ("jobs: {promote: {activeDeadlineSeconds: 120}}", "jobs.promote.activeDeadlineSeconds", "Raise it, or lower these"),
     ("mlflow: {enabled: false}", "externalMlflow.url", "expected such as https://mlflow.example.com"),
     (
         "{mlflow: {enabled: false}, externalMlflow: {url: mlflow.example.com}}",
@@ -326,6 +332,8 @@ TAKEN = [
     "serving: {resources: {}}",
     "serving: {resources: {requests: {cpu: 0.5, memory: 1G}}}",
     "promotion: {promotionSoak: 0s}",
+    "promotion: {promotionSoak: 20m}",
+    "{promotion: {promotionDeadline: 08m, promotionSoak: 090s}, jobs: {promote: {activeDeadlineSeconds: 2000}}}",
     "promotion: {promotionMode: 'off'}",
     "gate: {sliceFloor: '-0.05'}",
     "{mlflow: {enabled: false}, externalMlflow: {url: 'http://mlflow:5000/path'}}",

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -149,11 +150,22 @@ class Clients:
         return max((reply.seconds for reply in self.replies), default=0.0)
 
     def __str__(self) -> str:
-        failures = "; ".join(f"{r.request_id} {r.status} {r.error}" for r in self.failed[:3])
+        kinds: dict[str, list[Reply]] = {}
+        for reply in self.failed:
+            kinds.setdefault(f"{reply.status} {reply.error}", []).append(reply)
+        failures = "; ".join(
+            f"{len(found)} × {kind}, the first at {clock(found[0])} after {found[0].seconds:.1f} s, the last at {clock(found[-1])}"
+            for kind, found in kinds.items()
+        )
         return (
             f"{len(self.replies)} sent, {len(self.failed)} failed{f' ({failures})' if failures else ''}, "
             f"versions {self.versions}, the longest took {self.longest * 1000:.0f} ms"
         )
+
+
+def clock(reply: Reply) -> str:
+    """When it was sent, as logs and events have it."""
+    return f"{datetime.fromtimestamp(time.time() - time.monotonic() + reply.sent_at, UTC):%H:%M:%S}"
 
 
 def in_order(found: Iterable[Any]) -> list[Any]:

@@ -107,8 +107,7 @@ class Story:
     def delivered(self) -> JobEnd:
         """The first month with its labels and the second without arrive on the data volume; Job materialize."""
         assert self.waiting.complete, self.waiting
-        self._deliver(FIRST)
-        self._deliver(SECOND, labels=False)
+        self._deliver({FIRST: lambda _: True, SECOND: lambda table: table != "labels"})
         end = self.release.job_from_cronjob("materialize", "m1")
         assert end.complete, end
         return end
@@ -142,7 +141,7 @@ class Story:
     def promoted(self) -> Promoted:
         """Labels arrive; Job drift starts retrain, the candidate passes and is promoted, while clients ask."""
         assert self.upgraded
-        self._deliver(SECOND, only_labels=True)
+        self._deliver({SECOND: lambda table: table == "labels"})
         end = self.release.job_from_cronjob("materialize", "m2")
         assert end.complete, end
         old = str(self.release.served_tag())
@@ -173,54 +172,16 @@ class Story:
         outcome = self.release.rows("SELECT * FROM retrains ORDER BY id DESC LIMIT 1")[0]
         return Drift(end, check, retrain, retrained, outcome)
 
-    def _deliver(self, day: date, *, labels: bool = True, only_labels: bool = False) -> None:
-        """Copy a month, or parts of it, to the data volume by way of a pod that mounts it, as `kubectl cp` does."""
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / day.isoformat()
-            folder.mkdir()
-            for file in self.snapshots.folders[day].iterdir():
-                is_labels = file.stem == "labels"
-                if (is_labels and labels) or (not is_labels and not only_labels):
-                    shutil.copyfile(file, folder / file.name)
-            self._start_helper()
-            self.release.exec("pod/delivery", "mkdir", "-p", f"{INCOMING}/{day}")
-            for file in sorted(folder.iterdir()):
-                self.release.kubectl("cp", file, f"delivery:{INCOMING}/{day}/{file.name}")
-        self.release.kubectl("delete", "pod", "delivery", "--grace-period=1", "--wait=false")
-        wait_until(
-            "the helper pod goes",
-            lambda: "delivery" not in self.release.kubectl("get", "pods", "-o", "name"),
-            within=60,
-        )
-
-    def _start_helper(self) -> None:
-        """A pod as Pod Security `restricted` allows, with the jobs' user and the data volume."""
-        image = f"churn-jobs:{self.release.values['images']['jobs']['tag']}"
-        container = {
-            "name": "delivery",
-            "image": image,
-            "imagePullPolicy": "IfNotPresent",
-            "command": ["sleep", "600"],
-            "securityContext": {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            },
-            "volumeMounts": [{"name": "data", "mountPath": "/data"}],
-        }
-        security = {
-            "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        }  # fmt: skip
-        spec = {
-            "automountServiceAccountToken": False,
-            "restartPolicy": "Never",
-            "securityContext": security,
-            "containers": [container],
-            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": f"{self.release.name}-data"}}],
-        }
-        self.release.create({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "delivery"}, "spec": spec})
-        self.release.kubectl("wait", "--for=condition=Ready", "pod/delivery", "--timeout=60s", timeout=90)
+    def _deliver(self, files: Mapping[date, Callable[[str], bool]]) -> None:
+        """Send months, or some of their tables, to the data volume: `kubectl churn put FOLDER`."""
+        with tempfile.TemporaryDirectory() as folder:
+            for day, wanted in files.items():
+                (Path(folder) / day.isoformat()).mkdir()
+                for file in self.snapshots.folders[day].iterdir():
+                    if wanted(file.stem):
+                        shutil.copyfile(file, Path(folder) / day.isoformat() / file.name)
+            done = self.release.churn("put", folder)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def known_on(day: date) -> str:

@@ -24,23 +24,16 @@ def stores(cluster: Cluster) -> Iterator[Stores]:
     made.delete()
 
 
-@pytest.fixture(scope="module")
-def release(make_release: MakeRelease, stores: Stores) -> Iterator[Release]:
-    """A release that has none of its own."""
-    made = make_release("external", name=NAME, host="external.example.com")
+def install(make_release: MakeRelease, stores: Stores, name: str) -> Release:
+    """A release that has no store of its own."""
+    made = make_release("external", name=name, host=f"{name}.example.com")
     made.postgres = (stores.namespace, "pod/postgres")
-    for name, keys in {
+    for secret, keys in {
         "postgres-urls": ("database-url", "serving-database-url", "feast-registry-url"),
         "redis-url": ("online-store-url",),
     }.items():
-        made.create(
-            {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "metadata": {"name": name},
-                "stringData": {key: stores.urls[key] for key in keys},
-            }
-        )
+        data = {key: stores.urls[key] for key in keys}
+        made.create({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": secret}, "stringData": data})
     made.install(
         {
             "postgres": {"enabled": False},
@@ -54,8 +47,23 @@ def release(make_release: MakeRelease, stores: Stores) -> Iterator[Release]:
         },
         helm="helm4",
     )
+    return made
+
+
+@pytest.fixture(scope="module")
+def release(make_release: MakeRelease, stores: Stores) -> Iterator[Release]:
+    """A release on the external stores."""
+    made = install(make_release, stores, NAME)
     yield made
     made.delete()  # the node's CPU is for the next one
+
+
+@pytest.fixture(scope="module")
+def neighbour(make_release: MakeRelease, stores: Stores, release: Release) -> Iterator[Release]:
+    """Another release on the same stores."""
+    made = install(make_release, stores, "next-door")
+    yield made
+    made.delete()
 
 
 def test_helm_4_installs_it_and_a_user_gets_a_probability(release: Release) -> None:
@@ -80,6 +88,20 @@ def test_the_model_is_in_the_external_mlflow(release: Release, stores: Stores) -
     url = f"{stores.mlflow_url}/api/2.0/mlflow/registered-models/get?name={NAME}"
     found = json.loads(stores.kubectl("exec", "mlflow", "--", "python", "-c", look, url))
     assert found["registered_model"]["aliases"] == [{"alias": "production", "version": "1"}]
+
+
+def test_two_releases_share_the_stores_and_do_not_meet(release: Release, neighbour: Release) -> None:
+    """Same servers, same databases: each has its own schema, Feast project and model."""
+    with release.clients(count=1) as ours, neighbour.clients(count=1) as theirs:
+        wait_until("answers of both", lambda: min(len(ours.answered), len(theirs.answered)) >= 30, within=60)
+    ours.check_none_failed()
+    theirs.check_none_failed()
+    assert (ours.tags, theirs.tags) == ([release.served_tag()], [neighbour.served_tag()])
+    for mine, asked, foreign in ((release, ours, theirs), (neighbour, theirs, ours)):
+        mine.check_logged_once(asked)
+        assert mine.rows(f"SELECT 1 FROM predictions WHERE request_id LIKE '{foreign.run}-%'") == []
+        tags = {row["bento_tag"] for row in mine.rows("SELECT DISTINCT bento_tag FROM predictions")}
+        assert tags == {mine.served_tag()}
 
 
 def test_helm_4_uninstalls_it(release: Release) -> None:

@@ -24,7 +24,7 @@ def test_without_data_an_install_waits_and_says_for_what(story: Story) -> None:
 
 
 def test_what_arrives_on_the_data_volume_is_ingested_by_materialize(story: Story) -> None:
-    """`kubectl create job --from=cronjob/materialize m1` after `kubectl cp` into a restricted pod on the volume."""
+    """`kubectl churn put`, then `kubectl create job --from=cronjob/materialize m1`."""
     for day in (FIRST, SECOND):
         assert f"ingested {day}" in story.delivered.log
 

@@ -160,7 +160,30 @@ def test_helm_4_upgrades_a_release_of_helm_3(release: Release) -> None:
     assert version_of(release.served_tag()) == 1
 
 
+def test_promote_killed_in_the_middle_is_finished_by_the_next(release: Release) -> None:
+    """Its pod goes while the new one starts: the next run takes the Lease of a pod that is gone, and finishes."""
+    with release.clients() as clients:
+        release.move_alias(2)
+        release.kubectl("create", "job", "--from=cronjob/promote", "killed")
+
+        def at_work() -> bool:
+            return version_of(release.served_tag()) == 2 and release.promotions()[-1]["closed_at"] is None
+
+        wait_until("promotion has begun", at_work, within=90, every=0.1)
+        running = release.get("pods", "--field-selector=status.phase=Running")["items"]
+        promoting = [pod["metadata"]["name"] for pod in running if "promote" in pod["metadata"]["labels"].values()]
+        release.kubectl("delete", "pod", *promoting, "--grace-period=1", "--wait=false")
+        release.wait_served(2, within=120)
+        wait_until("the promotion is closed", lambda: release.promotions()[-1]["closed_at"], within=120)
+    print(clients)
+    clients.check_none_failed()
+    release.check_logged_once(clients)
+    last = release.promotions()[-1]
+    assert promoting
+    assert (last["action"], last["to_version"], last["result"]) == ("follow", 2, "promoted")
+
+
 def test_status_is_content_at_the_end(release: Release) -> None:
     """After all that alias, record and served tag agree, and nothing is pinned."""
     status = release.status()
-    assert (status["production"], status["pinned"], status["problems"]) == (1, None, [])
+    assert (status["production"], status["pinned"], status["problems"]) == (2, None, [])
