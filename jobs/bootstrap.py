@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
+from jobs.ingest import SIMULATED, simulated_days
+from jobs.serving import write_json
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,8 @@ SERVES_WITHIN = 480.0  # seconds for the service to answer, once there is a mode
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """What was found or made: `result` is `serving`, or `no_data` as long as nothing has arrived to learn from."""
+    """What was found or made: `result` is `serving`, or as long as there is nothing to learn from `no_data` or
+    `waiting_for_labels`."""
 
     result: str
     reason: str
@@ -48,7 +51,9 @@ def bootstrap(settings: Settings, *, as_of: datetime, now: datetime) -> Bootstra
     from jobs.materialize import materialize
 
     materialize(settings, as_of=as_of)
-    _train(settings, as_of=as_of)
+    waiting = _train(settings, as_of=as_of)
+    if waiting:
+        return BootstrapResult("waiting_for_labels", f"{waiting}; `churn drift` trains the first model then", simulated)
     tag = _serve(settings)
     return BootstrapResult("serving", "the service answers", simulated, tag, _example_user(settings, as_of))
 
@@ -124,21 +129,27 @@ def _take_data(settings: Settings, *, as_of: datetime, now: datetime) -> bool:
         for delivery in ingest_source(settings, now=now):
             log.info("ingested %s: %s", delivery.day, delivery.result)
         return False
-    present = Snapshots(settings.snapshots).days()
-    if present:
+    present, planned = Snapshots(settings.snapshots).days(), simulated_days(settings)
+    if present and not planned:
         log.info("snapshots are there up to %s", present[-1])
         return False
+    if not planned:  # noted first: whatever is there after a kill is known to be made up
+        planned = _month_ends(as_of.date(), settings.simulate_months)
+        settings.home.mkdir(parents=True, exist_ok=True)
+        write_json(settings.home / SIMULATED, {"days": [day.isoformat() for day in planned]})
+    missing = [day for day in planned if day not in present]
+    if not missing:
+        return True
     from jobs.simulate import simulate
 
-    first = _month_ends(as_of.date(), settings.simulate_months)[0]
     log.warning("snapshots.source is not set: %d users are made up", settings.simulate_users)
     with tempfile.TemporaryDirectory() as scratch:
         simulate(
-            Path(scratch), users=settings.simulate_users, months=settings.simulate_months, start=first,
+            Path(scratch), users=settings.simulate_users, months=len(planned), start=planned[0],
             seed=settings.seed, format="parquet",
         )  # fmt: skip
-        for folder in sorted(Path(scratch).iterdir()):
-            ingest(settings, folder, as_of=date.fromisoformat(folder.name), now=now)
+        for day in missing:
+            ingest(settings, Path(scratch) / day.isoformat(), as_of=day, now=now)
     return True
 
 
@@ -161,19 +172,22 @@ def _example_user(settings: Settings, as_of: datetime) -> str:
     return str(snapshots.read(POPULATION, day).index[0])
 
 
-def _train(settings: Settings, *, as_of: datetime) -> None:
-    """A first model, if the registry has none in production and no candidate."""
+def _train(settings: Settings, *, as_of: datetime) -> str:
+    """A first model, if the registry has none in production and no candidate; why not yet, if it is too early."""
     from jobs.registry import CANDIDATE, PRODUCTION, Registry
 
     aliases = Registry(settings).aliases()
     if PRODUCTION in aliases or CANDIDATE in aliases:
         log.info("the model registry has %s", aliases)
-        return
+        return ""
     from jobs.retrain import retrain
 
     result = retrain(settings, as_of=as_of, wanted_by="bootstrap", reason="no model yet")
+    if result.result == "waiting_for_labels":
+        return result.reason
     if result.result not in ("registered", "unchanged", "held") or result.gate == "refused":
         raise RuntimeError(f"no first model: {result.result}: {result.reason}")
+    return ""
 
 
 def _serve(settings: Settings) -> str | None:

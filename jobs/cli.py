@@ -219,13 +219,17 @@ def materialize(as_of: AsOf = None, dry_run: DryRun = False, json_: Json = False
 
         refused: Exception | None = None
         if settings.snapshots_source is not None and not dry_run:
-            from jobs.ingest import DeliveriesRefused, ingest_source
+            from jobs.ingest import DeliveriesRefused, SimulatedData, ingest_source
             from jobs.sources import SourceError
 
             try:
                 for delivery in ingest_source(settings, now=_now()):
                     log.info("ingested %s: %s", delivery.day, delivery.result)
-            except (DeliveriesRefused, SourceError) as error:  # what is in goes online, then this job fails
+            except (
+                DeliveriesRefused,
+                SimulatedData,
+                SourceError,
+            ) as error:  # what is in goes online, then this fails
                 refused = error
         _print(run(settings, as_of=as_of or _today(settings), dry_run=dry_run), json_)
         if refused is not None:

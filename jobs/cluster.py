@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -39,6 +40,7 @@ TIMEOUT = 10.0  # seconds for an answer of the API server, questions asked again
 AGAIN = (0, 429, 500, 502, 503, 504)  # no answer, or one that says nothing about the question
 TRIES = 10  # of a patch, each refused because something was written between our look and it
 LEASE_SECONDS: float = 15  # a holder that has not renewed for so long is gone
+PATIENCE = 4  # times as long for Leases that only keep work from being done twice; promotion's is for who waits
 RENEW = 3.0  # seconds between renewals; a holder that cannot renew ends so long before the Lease does
 MODEL_EXITS = {3: "its archive was refused", 4: "its archive is not in the database"}  # of bentos.churn.fetch
 WORLD_WAITS = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
@@ -218,7 +220,7 @@ class KubernetesServing:
             settled=settled,
             failure=failure,
             worlds_fault=worlds,
-            generation=found["metadata"]["generation"],
+            template=zlib.crc32(json.dumps(spec["template"], sort_keys=True).encode()),
         )
 
     def tags_in_use(self) -> set[str]:
@@ -447,8 +449,8 @@ class _Lease:
     Known and left: somebody who deletes the Lease lets a second holder in until the first looks at it next.
     """
 
-    def __init__(self, api: Api, name: str, owner: Object | None) -> None:
-        self.api, self.name, self.owner = api, name, owner
+    def __init__(self, api: Api, name: str, owner: Object | None, seconds: float = 0) -> None:
+        self.api, self.name, self.owner, self.seconds = api, name, owner, seconds or LEASE_SECONDS
         me = socket.gethostname()
         self.holder = f"{'' if self._pod(me) else OUTSIDE}{me}/{os.getpid()}-{secrets.token_hex(3)}"
         self._done = threading.Event()
@@ -456,11 +458,11 @@ class _Lease:
         self._threads: list[threading.Thread] = []
 
     def take(self, wait: float) -> None:
-        """Take it, or raise LeaseHeld. A holder that shows no life for LEASE_SECONDS of our clock is succeeded."""
+        """Take it, or raise LeaseHeld. A holder that shows no life for `seconds` of our clock is succeeded."""
         end = time.monotonic() + wait
         seen, since, holder = "", time.monotonic(), ""
         while True:
-            found = self.api.find(LEASES, self.name)
+            found = self._find(end + self.seconds)
             holder = (found or {}).get("spec", {}).get("holderIdentity") or ""
             if found is None or not holder or self._is_gone(holder):
                 if self._write(found):
@@ -469,13 +471,23 @@ class _Lease:
                 if seen and time.monotonic() >= end:  # it renews: it lives
                     raise LeaseHeld(f"{self.name} is held by {holder}")
                 seen, since = found["metadata"]["resourceVersion"], time.monotonic()
-            elif time.monotonic() - since > LEASE_SECONDS:
-                log.warning("%s has not renewed %s for %.0f s; taking it", holder, self.name, LEASE_SECONDS)
+            elif time.monotonic() - since > self.seconds:
+                log.warning("%s has not renewed %s for %.0f s; taking it", holder, self.name, self.seconds)
                 if self._write(found):
                     return
-            if time.monotonic() > end + LEASE_SECONDS + 1:
+            if time.monotonic() > end + self.seconds + 1:
                 raise LeaseHeld(f"{self.name} is held by {holder or 'another, who was faster each time'}")
             time.sleep(0.2)
+
+    def _find(self, end: float) -> Object | None:
+        """The Lease; an API server that does not answer is asked until `end`."""
+        while True:
+            try:
+                return self.api.find(LEASES, self.name)
+            except ClusterError as error:
+                if error.status not in AGAIN or time.monotonic() > end:
+                    raise
+                log.warning("%s; asking again", error)
 
     def _is_gone(self, holder: str) -> bool:
         """Whether the holder's pod has ended. Not a pod, or not allowed to ask: only its renewals tell."""
@@ -500,7 +512,7 @@ class _Lease:
         mine = spec.get("holderIdentity") == self.holder
         spec = {
             "holderIdentity": self.holder,
-            "leaseDurationSeconds": max(1, round(LEASE_SECONDS)),
+            "leaseDurationSeconds": max(1, round(self.seconds)),
             "renewTime": now,
             "acquireTime": spec.get("acquireTime", now) if mine else now,
             "leaseTransitions": spec.get("leaseTransitions", 0) + (found is not None and not mine),
@@ -510,9 +522,9 @@ class _Lease:
             if found is None:
                 metadata: Object = {"name": self.name, **({"ownerReferences": [self.owner]} if self.owner else {})}
                 lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
-                self.api("POST", LEASES, body=lease, timeout=LEASE_SECONDS / 3)
+                self.api("POST", LEASES, body=lease, timeout=min(TIMEOUT, self.seconds / 3))
             else:
-                self.api("PUT", LEASES, self.name, {**found, "spec": spec}, timeout=LEASE_SECONDS / 3)
+                self.api("PUT", LEASES, self.name, {**found, "spec": spec}, timeout=min(TIMEOUT, self.seconds / 3))
         except ClusterError as error:
             if error.status == 409 or (error.status == 404 and found is not None):
                 return False
@@ -531,7 +543,7 @@ class _Lease:
         while not self._done.wait(pause):
             pause = RENEW
             try:
-                found = self.api.find(LEASES, self.name, timeout=LEASE_SECONDS / 3)
+                found = self.api.find(LEASES, self.name, timeout=min(TIMEOUT, self.seconds / 3))
                 holder = (found or {}).get("spec", {}).get("holderIdentity")
                 if found is not None and holder != self.holder:
                     self._end(f"{self.name} was taken by {holder or 'nobody'}")
@@ -544,10 +556,10 @@ class _Lease:
         """End the process before another may take the Lease, whatever the thread that renews it hangs in."""
         while not self._done.wait(max(0.0, self._left())):
             if self._left() <= 0:
-                self._end(f"{self.name} could not be renewed for {LEASE_SECONDS - RENEW:.0f} s")
+                self._end(f"{self.name} could not be renewed for {self.seconds - RENEW:.0f} s")
 
     def _left(self) -> float:
-        return self._renewed + LEASE_SECONDS - RENEW - time.monotonic()
+        return self._renewed + self.seconds - RENEW - time.monotonic()
 
     def _end(self, why: str) -> None:
         if not self._done.is_set():
@@ -558,12 +570,12 @@ class _Lease:
         """Leave it empty, so that the next holder need not wait; not being able to is no error."""
         self._done.set()
         for thread in self._threads:
-            thread.join(LEASE_SECONDS)  # a renewal under way would take it again
+            thread.join(self.seconds)  # a renewal under way would take it again
         try:
-            found = self.api.find(LEASES, self.name, timeout=LEASE_SECONDS / 3)
+            found = self.api.find(LEASES, self.name, timeout=min(TIMEOUT, self.seconds / 3))
             if found is not None and found["spec"].get("holderIdentity") == self.holder:
                 found["spec"]["holderIdentity"] = ""
-                self.api("PUT", LEASES, self.name, found, timeout=LEASE_SECONDS / 3)
+                self.api("PUT", LEASES, self.name, found, timeout=min(TIMEOUT, self.seconds / 3))
         except ClusterError as error:
             log.warning("%s was not released: %s", self.name, error)
 
@@ -575,7 +587,8 @@ def lease(settings: Settings, name: str, *, wait: float = 0.0, api: Api | None =
     It belongs to the Deployment, so that it goes with the release.
     """
     api = api or Api()
-    held = _Lease(api, f"{settings.release}-{name}", _owner(api, settings.deployment))
+    seconds = LEASE_SECONDS if name == "promote" else PATIENCE * LEASE_SECONDS
+    held = _Lease(api, f"{settings.release}-{name}", _owner(api, settings.deployment), seconds)
     held.take(wait)
     held.renew_until_done()
     try:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from jobs.drift_report import ColumnDrift, Comparison, Realised
     from jobs.registry import ModelVersion, Registry
+    from jobs.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
@@ -251,10 +252,14 @@ def check_drift(
     registry = Registry(settings)
     version = registry.production()
     nothing = DriftResult(drift_share=settings.drift_share, as_of=as_of)
-    if version is None:
-        return _ended(_with(nothing, reason="nothing to compare with: no production model"))
     snapshots = Snapshots(settings.snapshots)
     snapshots.recover()
+    if version is None:
+        first = _first_model(settings, registry, snapshots, as_of)
+        result = _with(nothing, decision=first.decision, reason=first.reason)
+        if first.decision == "retrain" and start_retrain is not None and not dry_run:
+            result = _with(result, started=start_retrain(first.reason))
+        return _ended(result)
     day = snapshots.newest(as_of)
     if day is None:
         reason = f"nothing to compare: no snapshot on or before {as_of:%Y-%m-%d}"
@@ -263,6 +268,22 @@ def check_drift(
     scorer = functools.cache(lambda: score or _production_scorer(settings, version))
     measured = measure(settings, inputs, scorer)
     return conclude(settings, registry, measured, now=now, start_retrain=start_retrain, dry_run=dry_run, force=force)
+
+
+def _first_model(settings: Settings, registry: Registry, snapshots: Snapshots, as_of: datetime) -> Decision:
+    """Without a production model there is nothing to compare with, but one can be trained once labels are known."""
+    from jobs.dataset import known_at
+    from jobs.registry import CANDIDATE
+
+    nothing = "nothing to compare with: no production model"
+    if CANDIDATE in registry.aliases():
+        return Decision("none", f"{nothing}; candidate {registry.aliases()[CANDIDATE]} is there")
+    labelled = [day for day in snapshots.days() if snapshots.has_labels(day)]
+    if any(known_at(settings, day) <= as_of for day in labelled):
+        return Decision("retrain", "no model yet, and the labels of a snapshot are known")
+    if labelled:
+        return Decision("waiting", f"{nothing}; labels are known on {known_at(settings, labelled[0]):%Y-%m-%d}")
+    return Decision("none", f"{nothing}, and no labels to train one on")
 
 
 def conclude(

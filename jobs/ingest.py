@@ -19,9 +19,10 @@ writes to another name and renames.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 MIN_USERS = 10  # fewer is a test file or a broken export, not a month of users
 MAX_TEXT = 128  # characters of a user_id or of an open category
 EXAMPLES = 5
+SIMULATED = "simulated.json"  # in `home`: which days bootstrap has made up
 
 _NULLS = ("", "na", "nan", "null")
 _TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
@@ -165,6 +167,28 @@ def ingest(settings: Settings, folder: Path, *, as_of: date, now: datetime, dry_
     return IngestResult(as_of, result, rows, tuple(delivery.warnings), fingerprint_of(tables, as_of), dry_run)
 
 
+def simulated_days(settings: Settings) -> list[date]:
+    """The days of made-up users that bootstrap has put, or begun to put, among the snapshots."""
+    with suppress(FileNotFoundError):
+        return [date.fromisoformat(day) for day in json.loads((settings.home / SIMULATED).read_text())["days"]]
+    return []
+
+
+def refuse_simulated(settings: Settings) -> None:
+    """Raise SimulatedData if people's snapshots are to be mixed with made-up ones: the newer would hide the older."""
+    days = simulated_days(settings)
+    if days and settings.snapshots_source:
+        raise SimulatedData(
+            f"{settings.snapshots_source} is not ingested: this release was tried out with made-up users "
+            f"({days[0]} to {days[-1]}), and its model knows no others. Begin anew: uninstall it, delete its claims "
+            "and its Secret (the uninstall names them), install it with snapshots.source; or use another release name"
+        )
+
+
+class SimulatedData(RuntimeError):
+    """The snapshots that are there are made up, and real ones were to join them."""
+
+
 def ingest_source(settings: Settings, *, now: datetime) -> list[IngestResult]:
     """Ingest every new or changed YYYY-MM-DD folder of `snapshots_source`, oldest first; a URL is copied before.
 
@@ -173,6 +197,7 @@ def ingest_source(settings: Settings, *, now: datetime) -> list[IngestResult]:
     """
     if settings.snapshots_source is None:
         raise ValueError("CHURN_SNAPSHOTS_SOURCE is not set; expected the folder or URL where snapshots arrive")
+    refuse_simulated(settings)
     with arrived(settings.snapshots_source, settings.home.resolve()) as source:
         if source.is_relative_to(settings.home.resolve()):
             source.mkdir(parents=True, exist_ok=True)  # a new volume: nothing has arrived yet

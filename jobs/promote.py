@@ -391,6 +391,9 @@ class Promoter:
         if served != tag:
             if served not in (row.from_tag, None) and row.action not in ("pin", "restore"):
                 raise _WorldFault(f"the served tag was changed to {served} meanwhile")
+            before = self.serving.rollout()
+            if before.failure and any(pod.ready and pod.bento_tag == served for pod in before.pods):
+                raise _WorldFault(f"new pods fail already with {served}, which serves: {before.failure}")
             log.info("served_tag %s -> %s", served, tag)
             self.serving.set_served_tag(old=served, new=tag, fence=row.id, soak=self._soak(served, tag))
         failpoint("promote.patched")
@@ -404,16 +407,16 @@ class Promoter:
         """Wait until every pod serves the tag, or it is clear that none will."""
         patience = (self.settings.promotion_deadline + self.settings.promotion_soak).total_seconds()
         end, best = time.monotonic() + patience, 0  # as long as one pod after the other gets ready it goes on
-        seen, next_look, generation = "nothing", 0.0, None
+        seen, next_look, template = "nothing", 0.0, None
         while True:
             rollout = self.serving.rollout()
-            generation = rollout.generation if generation is None else generation
+            template = rollout.template if template is None else template
             if not rollout.running:
-                log.warning("nothing serves: %s will be served by the next `churn serve`", tag)
+                log.warning("nothing serves (no `churn serve`, or 0 replicas): whatever starts next serves %s", tag)
                 return
             if rollout.served_tag != tag:
                 raise _WorldFault(f"the served tag was changed to {rollout.served_tag} meanwhile")
-            if rollout.failure and rollout.generation != generation:
+            if rollout.failure and rollout.template != template:
                 raise _WorldFault(f"the Deployment was changed by somebody else meanwhile: {rollout.failure}")
             if rollout.failure:
                 raise (_WorldFault if rollout.worlds_fault else _ModelFault)(rollout.failure)
@@ -467,7 +470,13 @@ class Promoter:
         now = datetime.now(UTC)
         try:
             self.registry.set_tags(
-                row.to_version, {"bento_tag": tag, "served_since": now.isoformat(timespec="seconds")}
+                row.to_version,
+                {
+                    "bento_tag": tag,
+                    "served_since": now.isoformat(timespec="seconds"),
+                    "promotion_failed": None,
+                    "rolled_back": None,
+                },
             )
         except RegistryError as error:
             if row.action != "pin":

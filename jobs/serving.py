@@ -50,7 +50,7 @@ class Rollout:
     settled: bool  # there are pods, all of them ready and of the wanted tag
     failure: str | None  # why pods of the wanted tag will never be ready; None while they may
     worlds_fault: bool = False  # the failure is not the bento's: an image that cannot be pulled, a quota
-    generation: int = 0  # counts changes of the Deployment by anybody; 0 where there is none
+    template: int = 0  # changes when anybody changes the pod template; 0 where there is none
 
 
 class ServedTagChanged(Exception):

@@ -72,6 +72,14 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
         retraining = "killed"
         problems.append(f"the last retraining ({training.as_of:%Y-%m-%d}) was killed; `churn retrain` begins anew")
     aliases = aliases or {}
+    candidate = aliases.get(CANDIDATE) if settings.promotion_mode == "manual" and PRODUCTION in aliases else None
+    waiting = (
+        None
+        if candidate is None
+        else _ask(
+            lambda: _waits_for_approval(settings, candidate), problems, "the candidate", "look into the model registry"
+        )
+    )
     ready = [] if rollout is None else [pod.bento_tag for pod in rollout.pods if pod.ready]
     wanted = None if rollout is None else rollout.served_tag
     return {
@@ -80,6 +88,7 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
         "previous": aliases.get(PREVIOUS),
         "served_tag": ready[0] if ready else wanted,
         "wanted_tag": wanted,
+        "waiting": waiting,
         "previous_tag": good.from_tag if good else None,
         "pinned": None
         if pin is None
@@ -167,6 +176,14 @@ def _tables(settings: Settings) -> _Tables:
     return _Tables(history.pin(), last, good, history.open_row(), check, training, rows)
 
 
+def _waits_for_approval(settings: Settings, number: int) -> str | None:
+    """In mode manual: that a candidate that passed needs a person's word."""
+    version = Registry(settings).version(number)
+    if version is None or not version.passed or "approved_by" in version.tags:
+        return None
+    return f"version {number} passed the gate and waits for `churn approve {number}`"
+
+
 def _of_serving(settings: Settings, rollout: Rollout) -> list[str]:
     found = []
     if rollout.failure:
@@ -245,6 +262,8 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     shown = [("serving now", _serving_now(found)), ("versions", ", ".join(versions))]
     if pin:
         shown.append(("pinned", f"{pin['bento_tag']} by {pin['by']}: {pin['reason']} (`churn unpin` ends it)"))
+    if found["waiting"]:
+        shown.append(("waiting", found["waiting"]))
     if found["promoting"]:
         shown.append(("promoting", f"version {found['promoting']['to']} since {found['promoting']['since']}"))
     if last:

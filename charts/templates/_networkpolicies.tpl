@@ -37,7 +37,7 @@ spec:
     - port: {{ index . 2 }}
 {{- end }}
 
-{{/* churn.to (list port...): a rule to any address on these ports: external stores, the API server (443 behind its Service, 6443 itself). */}}
+{{/* churn.to (list port...): a rule to any address on these ports: external stores, the API server (443 behind its Service, 6443 itself, 8443 minikube's, 16443 MicroK8s'). */}}
 {{- define "churn.to" }}
 - ports:
     {{- range . }}
@@ -76,7 +76,7 @@ spec:
 {{- $ := index . 0 -}}
 {{- if $.Values.networkPolicy.enabled -}}
 {{- $to := print (include "churn.to.stores" (list $ "postgres" "valkey" "mlflow")) (include "churn.peers" (list $ "to" 3000 "serving")) -}}
-{{- if has "token" . }}{{ $to = print $to (include "churn.to" (list 443 6443)) }}{{ end -}}
+{{- if has "token" . }}{{ $to = print $to (include "churn.to" (list 443 6443 8443 16443)) }}{{ end -}}
 {{- if and (has "source" .) (contains "://" $.Values.snapshots.source) }}
 {{- $to = print $to (include "churn.to" (list (include "churn.port" $.Values.snapshots.source | int))) }}
 {{- end -}}

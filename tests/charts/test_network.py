@@ -52,13 +52,21 @@ def _lets(rule: Object, peers: str, other: Labels, port: int, protocol: str) -> 
     return other is not OUTSIDE and any(matches(peer["podSelector"], other) for peer in rule[peers])
 
 
+def lets_out(objects: Sequence[Object], source: Labels, target: Labels, port: int, protocol: str = "TCP") -> bool:
+    """Whether a connection is let out of its source, as the policies of one namespace say."""
+    rules = _rules(of_kind(objects, "NetworkPolicy"), source, "Egress")
+    return rules is None or any(_lets(rule, "to", target, port, protocol) for rule in rules)
+
+
+def lets_in(objects: Sequence[Object], source: Labels, target: Labels, port: int, protocol: str = "TCP") -> bool:
+    """Whether it is let into its target."""
+    rules = _rules(of_kind(objects, "NetworkPolicy"), target, "Ingress")
+    return rules is None or any(_lets(rule, "from", source, port, protocol) for rule in rules)
+
+
 def reaches(objects: Sequence[Object], source: Labels, target: Labels, port: int, protocol: str = "TCP") -> bool:
-    """Whether a connection is let out of its source and into its target, as the policies of one namespace say."""
-    policies = of_kind(objects, "NetworkPolicy")
-    out, into = _rules(policies, source, "Egress"), _rules(policies, target, "Ingress")
-    return (out is None or any(_lets(rule, "to", target, port, protocol) for rule in out)) and (
-        into is None or any(_lets(rule, "from", source, port, protocol) for rule in into)
-    )
+    """Whether it gets from one to the other."""
+    return lets_out(objects, source, target, port, protocol) and lets_in(objects, source, target, port, protocol)
 
 
 def labels_of(objects: Sequence[Object]) -> dict[str, Labels]:
@@ -77,7 +85,7 @@ def reachable(objects: Sequence[Object], source: Labels) -> set[str]:
 
 def ports_outside(objects: Sequence[Object], source: Labels) -> set[int]:
     """Of anything that is no pod of the release."""
-    asked = (22, 25, 80, 443, 3000, 5000, 5432, 6379, 6380, 6443, 8080, 9000, 9443)
+    asked = (22, 25, 80, 443, 3000, 5000, 5432, 6379, 6380, 6443, 8080, 8443, 9000, 9443, 16443)
     return {port for port in asked if reaches(objects, source, OUTSIDE, port)}
 
 
@@ -89,7 +97,7 @@ MAY_REACH: dict[str, set[str]] = {
     "postgres": set(),
     "valkey": set(),
 }
-THE_API_SERVER = {443, 6443}  # its Service, itself
+THE_API_SERVER = {443, 6443, 8443, 16443}  # its Service, itself, minikube's, MicroK8s'
 WITH_TOKEN = {"bootstrap", "materialize", "drift", "retrain", "promote"}
 
 
@@ -98,6 +106,25 @@ def test_who_reaches_whom(rendered: Callable[[str], list[Object]], source: str) 
     objects = rendered("default")
     found = labels_of(objects)
     assert reachable(objects, found[source]) - {source} == MAY_REACH[source] - {source}
+
+
+@pytest.mark.parametrize("target", [store for store in PORTS if store != "serving"])
+def test_a_store_lets_in_whom_it_serves_and_no_others(rendered: Callable[[str], list[Object]], target: str) -> None:
+    """By its own policy: a source whose policy is too wide, or was deleted, gets no further."""
+    objects = rendered("default")
+    found = labels_of(objects)
+    let_in = {source for source, labels in found.items() if lets_in(objects, labels, found[target], PORTS[target])}
+    assert let_in == {source for source, targets in MAY_REACH.items() if target in targets}
+
+
+@pytest.mark.parametrize("source", MAY_REACH)
+def test_a_component_is_let_out_to_what_it_needs_and_no_further(
+    rendered: Callable[[str], list[Object]], source: str
+) -> None:
+    objects = rendered("default")
+    found = labels_of(objects)
+    let_out = {target for target, port in PORTS.items() if lets_out(objects, found[source], found[target], port)}
+    assert let_out == MAY_REACH[source]
 
 
 @pytest.mark.parametrize("source", MAY_REACH)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,8 +33,10 @@ from jobs.drift import (
 )
 from jobs.drift_report import ColumnDrift
 from jobs.registry import ModelVersion, Registry
+from jobs.retrain import retrain
 from jobs.settings import Settings
 from jobs.snapshots import instant
+from tests.jobs.conftest import FIRST_KNOWN, settings_for
 
 JAN, FEB, MAR, APR = date(2024, 1, 31), date(2024, 2, 29), date(2024, 3, 31), date(2024, 4, 30)
 AS_OF = datetime(2024, 4, 30, 23, 59, 59, tzinfo=UTC)
@@ -546,5 +549,39 @@ def test_only_what_clients_asked_of_this_version_lately_is_read(settings, change
 def test_without_a_production_model_there_is_nothing_to_compare(settings):
     result = check_drift(settings, as_of=AS_OF, now=NOW, start_retrain=None)
 
-    assert (result.decision, result.reason) == ("none", "nothing to compare with: no production model")
+    reason = "nothing to compare with: no production model, and no labels to train one on"
+    assert (result.decision, result.reason) == ("none", reason)
     assert json.dumps(result.as_json())
+
+
+# --- before the first model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("as_of", "decision", "said"),
+    [
+        pytest.param(instant(date(2024, 2, 15)), "waiting", "labels are known on 2024-03-01", id="too-early"),
+        pytest.param(FIRST_KNOWN, "retrain", "no model yet", id="labels-known"),
+    ],
+)
+def test_the_first_model_is_trained_when_labels_are_known(
+    home: Path, as_of: datetime, decision: str, said: str
+) -> None:
+    """Bootstrap found nothing to learn from, and nobody else looks each day."""
+    started: list[str] = []
+
+    result = check_drift(settings_for(home), as_of=as_of, now=as_of, start_retrain=started.append)
+
+    assert (result.decision, said in result.reason) == (decision, True), result.reason
+    assert len(started) == (decision == "retrain")
+
+
+def test_a_candidate_that_waits_is_not_trained_again(home: Path) -> None:
+    settings = settings_for(home)
+    retrain(settings, as_of=FIRST_KNOWN)
+    started: list[str] = []
+
+    result = check_drift(settings, as_of=FIRST_KNOWN, now=FIRST_KNOWN, start_retrain=started.append)
+
+    assert (result.decision, started) == ("none", [])
+    assert "candidate 1 is there" in result.reason

@@ -61,9 +61,9 @@ class Scripted:
         self.told.append((reason, warning))
 
 
-def waiting(message: str = "starting", *, generation: int = 1) -> Rollout:
+def waiting(message: str = "starting", *, template: int = 1) -> Rollout:
     pod = Pod("churn-1", "", "", ready=False, message=message)
-    return Rollout("", (pod,), running=True, settled=False, failure=None, generation=generation)
+    return Rollout("", (pod,), running=True, settled=False, failure=None, template=template)
 
 
 @pytest.fixture
@@ -112,14 +112,40 @@ def test_a_failure_after_somebody_changed_the_deployment_is_the_worlds(promotabl
     """An upgrade of the release with a broken image, in the middle of a promotion."""
     settings = promotable()
     serving.rollouts["v2"] = [
-        waiting(generation=4),
-        replace(waiting(generation=5), failure="churn-1 crashes: exit code 1"),
+        waiting(template=4),
+        replace(waiting(template=5), failure="churn-1 crashes: exit code 1"),
     ]
 
     with pytest.raises(PromotionFailed, match="changed by somebody else meanwhile: churn-1 crashes") as failed:
         promote(settings, serving=serving)
 
     assert failed.value.interrupted
+    assert "promotion_failed" not in marks(settings)
+
+
+def test_new_pods_that_fail_with_what_serves_already_are_not_the_next_models_fault(
+    promotable: Copy, serving: Scripted, trained: Trained
+) -> None:
+    """An upgrade gave them too little memory: the old ones still serve, and any bento would crash in new ones."""
+    settings = promotable()
+    serves = Pod("churn-0", "", trained.first_tag, ready=True, message="")
+    serving.rollouts["v1"] = [replace(waiting(), pods=(serves,), failure="churn-1 crashes: OOMKilled")]
+
+    with pytest.raises(PromotionFailed, match=r"new pods fail already with .*OOMKilled") as failed:
+        promote(settings, serving=serving)
+
+    assert failed.value.interrupted
+    assert (serving.tag, serving.soaks) == (trained.first_tag, [])
+    assert "promotion_failed" not in marks(settings)
+
+
+def test_what_failed_once_and_serves_now_is_not_marked_any_more(promotable: Copy, serving: Scripted) -> None:
+    settings = promotable()
+    Registry(settings).set_tags(2, {"promotion_failed": "crashes"})
+    Registry(settings).set_alias(PRODUCTION, 2)  # somebody knows better
+
+    promote(settings, serving=serving)
+
     assert "promotion_failed" not in marks(settings)
 
 

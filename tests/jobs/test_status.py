@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -296,3 +296,12 @@ def test_a_retraining_that_ended_is_not_doubted(settings: Settings) -> None:
         retraining(settings, result="failed", detail="no disk")
 
     assert shown(status(settings), "retrain") == "failed: no disk"
+
+
+@pytest.mark.parametrize(("mode", "waits"), [("manual", True), ("auto", False)])
+def test_who_must_decide_is_told_what_waits(promotable: Callable[..., Settings], mode: str, waits: bool) -> None:
+    found = status(promotable(promotion_mode=mode))
+
+    said = "version 2 passed the gate and waits for `churn approve 2`"
+    assert (("waiting", said) in lines(found)) == waits
+    assert found["waiting"] == (said if waits else None)
