@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import stores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile("churn", deadline=None)  # how long an example takes is the machine's affair
+hypothesis.settings.load_profile("churn")
 
 
 @pytest.fixture(scope="session")

@@ -165,19 +165,19 @@ def check(body: bytes) -> None:
                 assert feature.low <= float(request.features[feature.name]) <= feature.high
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(NEARLY)
 def test_any_json_is_a_request_or_refused(document: Any) -> None:
     check(json.dumps(document).encode())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
     check(body)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_requests_are_requests_or_refused(data: st.DataObject) -> None:
     body = bytearray(json.dumps({"features": ROW}).encode())

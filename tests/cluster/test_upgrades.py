@@ -160,30 +160,33 @@ def test_helm_4_upgrades_a_release_of_helm_3(release: Release) -> None:
     assert version_of(release.served_tag()) == 1
 
 
-def test_promote_killed_in_the_middle_is_finished_by_the_next(release: Release) -> None:
-    """Its pod goes while the new one starts: the next run takes the Lease of a pod that is gone, and finishes."""
+def test_promote_ended_in_the_middle_is_finished_by_the_next(release: Release) -> None:
+    """The pod that holds the Lease is deleted while the new one starts: the next run finishes what it began."""
+    version = 3 - release.served_version()
     with release.clients() as clients:
-        release.move_alias(2)
-        release.kubectl("create", "job", "--from=cronjob/promote", "killed")
+        release.move_alias(version)
+        release.kubectl("create", "job", "--from=cronjob/promote", "ended")
 
         def at_work() -> bool:
-            return version_of(release.served_tag()) == 2 and release.promotions()[-1]["closed_at"] is None
+            return release.served_version() == version and release.promotions()[-1]["closed_at"] is None
 
         wait_until("promotion has begun", at_work, within=90, every=0.1)
-        running = release.get("pods", "--field-selector=status.phase=Running")["items"]
-        promoting = [pod["metadata"]["name"] for pod in running if "promote" in pod["metadata"]["labels"].values()]
-        release.kubectl("delete", "pod", *promoting, "--grace-period=1", "--wait=false")
-        release.wait_served(2, within=120)
+        holder = release.get("lease", f"{release.name}-promote")["spec"]["holderIdentity"].split("/")[0]
+        job = release.get("pod", holder)["metadata"]["labels"]["batch.kubernetes.io/job-name"]
+        release.kubectl("delete", "pod", holder, "--grace-period=1", "--wait=false")
+        assert not release.job_end(job).complete, "it was done before it could be ended"
+        release.wait_served(version, within=120)
         wait_until("the promotion is closed", lambda: release.promotions()[-1]["closed_at"], within=120)
     print(clients)
     clients.check_none_failed()
     release.check_logged_once(clients)
     last = release.promotions()[-1]
-    assert promoting
-    assert (last["action"], last["to_version"], last["result"]) == ("follow", 2, "promoted")
+    assert (last["action"], last["to_version"], last["result"]) == ("follow", version, "promoted")
+    assert release.aliases()["production"] == version
 
 
 def test_status_is_content_at_the_end(release: Release) -> None:
     """After all that alias, record and served tag agree, and nothing is pinned."""
     status = release.status()
-    assert (status["production"], status["pinned"], status["problems"]) == (2, None, [])
+    assert (status["pinned"], status["problems"]) == (None, [])
+    assert status["production"] == release.served_version()

@@ -669,7 +669,7 @@ def test_a_source_that_is_not_there_is_said(home: Settings, tmp_path: Path):
 
 # --- properties -----------------------------------------------------------------------------------------
 
-FEW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FEW
