@@ -478,20 +478,16 @@ class Promoter:
                     "rolled_back": None,
                 },
             )
-        except RegistryError as error:
-            if row.action != "pin":
-                raise PromotionFailed(
-                    f"version {row.to_version} serves, but its tags could not be written: {error}",
-                    interrupted=True,
-                ) from error
+        except RegistryError as error:  # aliases are right and it serves; to undo that for a note would be worse
+            log.warning("version %d serves, but its tags could not be written: %s", row.to_version, error)
         self.history.close(row, now=now, result=result, reason=row.reason)
         failpoint("promote.closed")
-        in_use = {tag, row.from_tag or tag, *self.serving.tags_in_use()}
-        prune_bentos(self.engine, keep=self.settings.bentos_kept, in_use=in_use)
         log.info("result=%s served_tag=%s", result, tag)
         self.serving.tell(
             TOLD[row.action], f"version {row.from_version or '-'} -> {row.to_version} ({tag}): {row.reason}"
         )
+        in_use = {tag, row.from_tag or tag, *self.serving.tags_in_use()}
+        prune_bentos(self.engine, keep=self.settings.bentos_kept, in_use=in_use)
         return PromoteResult(result, row.reason, tag, row.from_version, row.to_version)
 
     # ---- undoing -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ The rollout is scripted, all else is real: registry, database, bentos. The Deplo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from jobs.database import connect
 from jobs.history import History
 from jobs.package import bento_of
 from jobs.promote import PromotionFailed, promote
-from jobs.registry import CANDIDATE, PRODUCTION, Registry
+from jobs.registry import CANDIDATE, PRODUCTION, Registry, RegistryError
 from jobs.serving import Pod, Rollout
 from jobs.settings import Settings
 from tests.jobs.conftest import Trained, settings_for
@@ -147,6 +147,26 @@ def test_what_failed_once_and_serves_now_is_not_marked_any_more(promotable: Copy
     promote(settings, serving=serving)
 
     assert "promotion_failed" not in marks(settings)
+
+
+def test_a_registry_lost_at_the_very_end_undoes_nothing(
+    promotable: Copy, serving: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The aliases are right and the pods serve; only the note in the registry is missing."""
+    settings = promotable()
+    real = Registry.set_tags
+
+    def lost(self: Registry, version: int, tags: Mapping[str, str | None]) -> None:
+        if "served_since" in tags:
+            raise RegistryError("MLflow did not answer")
+        real(self, version, tags)
+
+    monkeypatch.setattr(Registry, "set_tags", lost)
+
+    assert promote(settings, serving=serving).result == "promoted"
+
+    assert Registry(settings).aliases()[PRODUCTION] == 2
+    assert promote(settings, serving=serving).result == "idle"
 
 
 def test_a_pod_that_was_never_started_is_not_to_blame(promotable: Copy, serving: Scripted) -> None:
