@@ -438,6 +438,26 @@ def history(limit: Annotated[int, typer.Option(min=1)] = 20, json_: Json = False
 
 
 @app.command()
+def explain(
+    request: Annotated[str, typer.Argument(help="A request_id or prediction_id.")], json_: Json = False
+) -> None:
+    """Where a prediction came from: bento, promotion, training, gate, the features and their age."""
+    with _job(json_) as settings:
+        from jobs.explain import explain as run
+        from jobs.explain import lines
+
+        found = run(settings, request)
+        if json_:
+            typer.echo(json.dumps(_plain(found), indent=1))
+            return
+        for number, explanation in enumerate(found):
+            if number:
+                typer.echo()
+            for key, value in lines(explanation):
+                typer.echo(f"{key:<24} {value}")
+
+
+@app.command()
 def settings(json_: Json = False) -> None:
     """Every setting with its variable, value and meaning."""
     with _job(json_) as found:
