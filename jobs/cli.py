@@ -267,6 +267,10 @@ def drift(
             force=force,
             start_retrain=start,
         )
+        if not dry_run:
+            from jobs.retention import prune
+
+            prune(settings, now=_now())
         _print(
             result.as_json(),
             json_,

@@ -126,6 +126,7 @@ class Settings(BaseSettings):
     drift_n: int = Field(1, ge=1, description="snapshots looked back on")
     champion_floor: float = Field(0.55, ge=0, le=1, description="realised AUC below this starts retraining")
     retrain_cooldown: Duration = Field(timedelta(days=7), description="rest between retrainings drift starts")
+    predictions_kept: Duration = Field(timedelta(0), description="older predictions and scores are deleted; 0d: never")
 
     # --- promotion and serving --------------------------------------------------------------------------
     promotion_mode: Mode = Field("auto", description="auto, manual (waits for approve), dryRun, off")
@@ -183,6 +184,13 @@ class Settings(BaseSettings):
             raise ValueError(f"expected a URL that begins with {', '.join(known[:-1])} or {known[-1]}")
         if value.startswith("http") and "@" in value.split("/")[2]:
             raise ValueError("expected no user or password in it, only host and port")
+        return value
+
+    @field_validator("predictions_kept")
+    @classmethod
+    def _kept_as_long_as_needed(cls, value: timedelta) -> timedelta:
+        if timedelta(0) < value < timedelta(days=30):  # what drift looks back on
+            raise ValueError("expected 0d, which is for ever, or at least 30d")
         return value
 
     @field_validator("promotion_soak")

@@ -113,7 +113,7 @@ snapshots: [labelHorizon, maxMissingShare]
 serving: [staleAfter]
 jobs.retrain: [featureTtl, seed, holdoutSalt, holdoutShare, trainingSnapshots, candidates, calibration, threshold, topKShare]
 gate: [promotionDelta, bootstrapSamples, firstAucFloor, minClassRows, sliceFloor, sliceMinPositives]
-jobs.drift: [driftShare, driftThreshold, driftMinRows, driftMinLogged, driftK, driftN, championFloor, retrainCooldown]
+jobs.drift: [driftShare, driftThreshold, driftMinRows, driftMinLogged, driftK, driftN, championFloor, retrainCooldown, predictionsKept]
 promotion: [promotionMode, promotionDeadline, promotionSoak, rebuildOnCodeChange, bentosKept]
 jobs.score: [scoreCallShare]
 {{- end }}

@@ -211,6 +211,7 @@ def test_defaults_are_those_of_the_settings(
         ("jobs: {drift: {driftShare: 0.5}}", "drift_share", 0.5),
         ("jobs: {drift: {driftThreshold: 0.001}}", "drift_threshold", 0.001),
         ("jobs: {drift: {retrainCooldown: 0s}}", "retrain_cooldown", timedelta(0)),
+        ("jobs: {drift: {predictionsKept: 400d}}", "predictions_kept", timedelta(days=400)),
         ("jobs: {drift: {driftK: 2, driftN: 3}}", "drift_n", 3),
         ("jobs: {retrain: {candidates: [dummy]}}", "candidates", ("dummy",)),
         ("jobs: {retrain: {holdoutSalt: 'a \"b\": c'}}", "holdout_salt", 'a "b": c'),

@@ -174,6 +174,7 @@ DURATIONS_AND_DAYS: list[Case] = [
 ] + [
     ("jobs: {retrain: {featureTtl: forever}}", "jobs.retrain.featureTtl", "does not match"),
     ("jobs: {drift: {retrainCooldown: 7}}", "jobs.drift.retrainCooldown", "want string"),
+    ("jobs: {drift: {predictionsKept: 29d}}", "jobs.drift.predictionsKept", "does not match"),
     ("jobs: {drift: {retrainCooldown: 99999999999d}}", "jobs.drift.retrainCooldown", "does not match"),
     ("asOf: yesterday", "asOf", "does not match"),
     ("asOf: 29.02.2024", "asOf", "does not match"),
