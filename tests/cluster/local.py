@@ -136,6 +136,10 @@ def up(context: str) -> None:
         "--values", "charts/ci/dev-values.yaml", "--set-string", f"jobs.podAnnotations.images={_loaded(cluster.kind)}",
         "--set-string", f"serving.podAnnotations.images={_loaded(cluster.kind)}",
         "--wait", "--timeout", "10m", env=cluster.environment)  # fmt: skip
+    # the pods answer a moment before bootstrap ends, whose last line names a user
+    context = ["--context", cluster.context] if cluster.context else []
+    run("kubectl", *context, "--namespace", NAMESPACE, "wait", "job", "--for", "condition=complete", "--timeout", "300s",
+        "--selector", "app.kubernetes.io/component=bootstrap", env=cluster.environment)  # fmt: skip
     print(f"\nup in {time.monotonic() - began:.0f} s; ask it:\n\n    {_curl(cluster)}\n")
 
 
