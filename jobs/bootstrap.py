@@ -16,9 +16,17 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
-from jobs.ingest import SIMULATED, simulated_days
-from jobs.serving import write_json
+from feature_repo.columns import POPULATION
+from jobs import database
+from jobs.ingest import SIMULATED, ingest, ingest_source, simulated_days
+from jobs.materialize import materialize
+from jobs.promote import PromotionFailed, promote
+from jobs.registry import CANDIDATE, PRODUCTION, Registry
+from jobs.retrain import retrain
+from jobs.serving import serving_of, write_json
 from jobs.settings import Settings
+from jobs.simulate import simulate
+from jobs.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +51,9 @@ def bootstrap(settings: Settings, *, as_of: datetime, now: datetime) -> Bootstra
     _await_stores(settings)
     _make_tables(settings)
     simulated = _take_data(settings, as_of=as_of, now=now)
-    from jobs.snapshots import Snapshots
-
     if Snapshots(settings.snapshots).newest(as_of) is None:
         source = settings.snapshots_source
         return BootstrapResult("no_data", f"no snapshot up to {as_of:%Y-%m-%d} in {source}: nothing to learn from yet")
-    from jobs.materialize import materialize
-
     materialize(settings, as_of=as_of)
     waiting = _train(settings, as_of=as_of)
     if waiting:
@@ -60,11 +64,9 @@ def bootstrap(settings: Settings, *, as_of: datetime, now: datetime) -> Bootstra
 
 def _await_stores(settings: Settings) -> None:
     """Return when each store answers once; raises TimeoutError, which says what the last one said."""
-    from jobs.database import ping
-
     stores: dict[str, Callable[[], object]] = {
-        "the database": lambda: ping(settings.database),
-        "Feast's registry": lambda: ping(settings.feast_registry),
+        "the database": lambda: database.ping(settings.database),
+        "Feast's registry": lambda: database.ping(settings.feast_registry),
         "the online store": lambda: _ping_online(settings),
         "MLflow": lambda: _ping_mlflow(settings),
     }
@@ -104,15 +106,11 @@ def _ping_mlflow(settings: Settings) -> None:
     if settings.mlflow.startswith("http"):
         with urllib.request.urlopen(f"{settings.mlflow.rstrip('/')}/health", timeout=5):
             pass
-    from jobs.registry import Registry
-
     Registry(settings).aliases()  # /health is green also where the Host header is refused
 
 
 def _make_tables(settings: Settings) -> None:
     """Our schema and tables, with the service's rights on them, and the schema of Feast's registry."""
-    from jobs import database
-
     for url in (settings.database, settings.feast_registry):
         database.ensure_schema(url)
     database.connect(settings.database)
@@ -122,12 +120,8 @@ def _make_tables(settings: Settings) -> None:
 
 def _take_data(settings: Settings, *, as_of: datetime, now: datetime) -> bool:
     """Ingest what has arrived or, without a source, made-up months; whether they are made up."""
-    from jobs.ingest import ingest, ingest_source
-    from jobs.snapshots import Snapshots
-
     if settings.snapshots_source:
-        for delivery in ingest_source(settings, now=now):
-            log.info("ingested %s: %s", delivery.day, delivery.result)
+        ingest_source(settings, now=now)
         return False
     present, planned = Snapshots(settings.snapshots).days(), simulated_days(settings)
     if present and not planned:
@@ -140,8 +134,6 @@ def _take_data(settings: Settings, *, as_of: datetime, now: datetime) -> bool:
     missing = [day for day in planned if day not in present]
     if not missing:
         return True
-    from jobs.simulate import simulate
-
     log.warning("snapshots.source is not set: %d users are made up", settings.simulate_users)
     with tempfile.TemporaryDirectory() as scratch:
         simulate(
@@ -163,9 +155,6 @@ def _month_ends(today: date, months: int) -> list[date]:
 
 
 def _example_user(settings: Settings, as_of: datetime) -> str:
-    from feature_repo.columns import POPULATION
-    from jobs.snapshots import Snapshots
-
     snapshots = Snapshots(settings.snapshots)
     day = snapshots.newest(as_of)
     assert day is not None  # noqa: S101  looked at before
@@ -174,14 +163,10 @@ def _example_user(settings: Settings, as_of: datetime) -> str:
 
 def _train(settings: Settings, *, as_of: datetime) -> str:
     """A first model, if the registry has none in production and no candidate; why not yet, if it is too early."""
-    from jobs.registry import CANDIDATE, PRODUCTION, Registry
-
     aliases = Registry(settings).aliases()
     if PRODUCTION in aliases or CANDIDATE in aliases:
         log.info("the model registry has %s", aliases)
         return ""
-    from jobs.retrain import retrain
-
     result = retrain(settings, as_of=as_of, wanted_by="bootstrap", reason="no model yet")
     if result.result == "waiting_for_labels":
         return result.reason
@@ -192,9 +177,6 @@ def _train(settings: Settings, *, as_of: datetime) -> str:
 
 def _serve(settings: Settings) -> str | None:
     """Promote, and wait until what is served is what should be; the tag. CronJob `promote` may do the work."""
-    from jobs.promote import PromotionFailed, promote
-    from jobs.serving import serving_of
-
     serving, end, seen = serving_of(settings), time.monotonic() + SERVES_WITHIN, "nothing"
     while True:
         try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.package import golden_row
-from jobs.promote import GOLDEN_TOLERANCE, ask
+from jobs.promote import GOLDEN_TOLERANCE, ask, ask_golden
 from jobs.serving import serving_of
 from jobs.settings import Settings
 
@@ -22,10 +21,9 @@ class CheckResult:
 
 def check(settings: Settings) -> CheckResult:
     """One request through the Service; raises if nothing answers, or another score than was stored."""
-    url = settings.serving_url.rstrip("/") or serving_of(settings).url
+    url = serving_of(settings).url
     tag = str(ask(f"{url}/info")["bento_tag"])
-    features, score = golden_row(settings, tag)
-    answer = ask(f"{url}/predict", {"features": features})
+    answer, score = ask_golden(settings, url, tag)
     difference = abs(float(answer["churn_probability"]) - score)
     if answer["bento_tag"] == tag and not difference <= GOLDEN_TOLERANCE:
         raise RuntimeError(f"{url} scored {answer['churn_probability']} by {tag}; expected {score}")

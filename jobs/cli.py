@@ -45,7 +45,9 @@ def _as_of(text: str | None) -> datetime | None:
         day = date.fromisoformat(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no date; expected one such as 2024-02-29") from None
-    return datetime(day.year, day.month, day.day, 23, 59, 59, tzinfo=UTC)
+    from jobs.snapshots import instant
+
+    return instant(day)
 
 
 AsOf = Annotated[
@@ -133,7 +135,9 @@ def _today(settings: Settings) -> datetime:
     """The instant a job reasons about if none is given: now, or the end of the day that the settings take for today."""
     if settings.as_of is None:
         return _now()
-    return datetime(settings.as_of.year, settings.as_of.month, settings.as_of.day, 23, 59, 59, tzinfo=UTC)
+    from jobs.snapshots import instant
+
+    return instant(settings.as_of)
 
 
 @app.command()
@@ -223,14 +227,9 @@ def materialize(as_of: AsOf = None, dry_run: DryRun = False, json_: Json = False
             from jobs.sources import SourceError
 
             try:
-                for delivery in ingest_source(settings, now=_now()):
-                    log.info("ingested %s: %s", delivery.day, delivery.result)
-            except (
-                DeliveriesRefused,
-                SimulatedData,
-                SourceError,
-            ) as error:  # what is in goes online, then this fails
-                refused = error
+                ingest_source(settings, now=_now())
+            except (DeliveriesRefused, SimulatedData, SourceError) as error:
+                refused = error  # what is in goes online, then this fails
         _print(run(settings, as_of=as_of or _today(settings), dry_run=dry_run), json_)
         if refused is not None:
             raise refused

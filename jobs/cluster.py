@@ -9,7 +9,6 @@ nor `churn/fence` and `minReadySeconds`, which go with it, so that no upgrade of
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import logging
@@ -19,7 +18,6 @@ import socket
 import threading
 import time
 import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +26,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jobs.serving import REFUSALS, Pod, Rollout, ServedTagChanged, StaleFence
+from jobs.lease import Held
+from jobs.serving import DIRECT, REFUSALS, Pod, Rollout, ServedTagChanged, StaleFence, detail
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,6 @@ OUTSIDE = "outside:"  # begins the name of a holder that is no pod of this names
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TEMPLATE = "/spec/template/metadata/annotations"
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # pods are not behind the proxy of http_proxy
 
 Object = dict[str, Any]
 
@@ -353,21 +351,15 @@ def _refusal(pod: Pod) -> str | None:
     if pod.ready or not pod.address:
         return None
     try:
-        with _DIRECT.open(f"{pod.address}/readyz", timeout=2):
+        with DIRECT.open(f"{pod.address}/readyz", timeout=2):
             return None
     except urllib.error.HTTPError as error:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            said = _detail(error.read(2000))
+            said = detail(error.read(2000))
             return f"/readyz says {error.code}: {said}" if any(word in said for word in REFUSALS) else None
     except (OSError, http.client.HTTPException):
         pass  # it is starting
     return None
-
-
-def _detail(body: bytes) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json.loads(body)["detail"])
-    return body.decode("utf-8", "replace")[:300]
 
 
 # --- telling, and starting jobs ---------------------------------------------------------------------------
@@ -416,14 +408,13 @@ def start_job(settings: Settings, cronjob: str, args: list[str], *, why: str, ap
     template = json.loads(json.dumps(source["spec"]["jobTemplate"]))
     container = template["spec"]["template"]["spec"]["containers"][0]
     container["args"] = [*container.get("args", ()), *args]
-    suffix = hashlib.sha256(f"{why}{datetime.now(UTC)}".encode()).hexdigest()[:6]
     owner = {"apiVersion": "batch/v1", "kind": "CronJob", "controller": True, "blockOwnerDeletion": False}
     metadata = template.get("metadata", {})
     body = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": f"{name}-{suffix}",
+            "name": f"{name}-{secrets.token_hex(3)}",
             "labels": metadata.get("labels", {}),
             "annotations": {**metadata.get("annotations", {}), "churn/started-because": why[:1000]},
             "ownerReferences": [{**owner, "name": name, "uid": source["metadata"]["uid"]}],
@@ -437,10 +428,6 @@ def start_job(settings: Settings, cronjob: str, args: list[str], *, why: str, ap
 
 
 # --- leases -----------------------------------------------------------------------------------------------
-
-
-class LeaseHeld(Exception):
-    """Another pod holds the Lease; the message says which."""
 
 
 class _Lease:
@@ -458,7 +445,7 @@ class _Lease:
         self._threads: list[threading.Thread] = []
 
     def take(self, wait: float) -> None:
-        """Take it, or raise LeaseHeld. A holder that shows no life for `seconds` of our clock is succeeded."""
+        """Take it, or raise Held. A holder that shows no life for `seconds` of our clock is succeeded."""
         end = time.monotonic() + wait
         seen, since, holder = "", time.monotonic(), ""
         while True:
@@ -469,14 +456,14 @@ class _Lease:
                     return
             elif found["metadata"]["resourceVersion"] != seen:
                 if seen and time.monotonic() >= end:  # it renews: it lives
-                    raise LeaseHeld(f"{self.name} is held by {holder}")
+                    raise Held(f"{self.name} is held by {holder}")
                 seen, since = found["metadata"]["resourceVersion"], time.monotonic()
             elif time.monotonic() - since > self.seconds:
                 log.warning("%s has not renewed %s for %.0f s; taking it", holder, self.name, self.seconds)
                 if self._write(found):
                     return
             if time.monotonic() > end + self.seconds + 1:
-                raise LeaseHeld(f"{self.name} is held by {holder or 'another, who was faster each time'}")
+                raise Held(f"{self.name} is held by {holder or 'another, who was faster each time'}")
             time.sleep(0.2)
 
     def _find(self, end: float) -> Object | None:
@@ -582,7 +569,7 @@ class _Lease:
 
 @contextmanager
 def lease(settings: Settings, name: str, *, wait: float = 0.0, api: Api | None = None) -> Iterator[None]:
-    """Hold the Lease `<release>-<name>` for the block, renewed by a thread; raises LeaseHeld, which names the holder.
+    """Hold the Lease `<release>-<name>` for the block, renewed by a thread; raises Held, which names the holder.
 
     It belongs to the Deployment, so that it goes with the release.
     """

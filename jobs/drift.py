@@ -276,8 +276,9 @@ def _first_model(settings: Settings, registry: Registry, snapshots: Snapshots, a
     from jobs.registry import CANDIDATE
 
     nothing = "nothing to compare with: no production model"
-    if CANDIDATE in registry.aliases():
-        return Decision("none", f"{nothing}; candidate {registry.aliases()[CANDIDATE]} is there")
+    candidate = registry.aliases().get(CANDIDATE)
+    if candidate is not None:
+        return Decision("none", f"{nothing}; candidate {candidate} is there")
     labelled = [day for day in snapshots.days() if snapshots.has_labels(day)]
     if any(known_at(settings, day) <= as_of for day in labelled):
         return Decision("retrain", "no model yet, and the labels of a snapshot are known")

@@ -220,6 +220,7 @@ def _ingest_folders(settings: Settings, source: Path, now: datetime) -> list[Ing
             continue
         try:
             results.append(ingest(settings, folder, as_of=day, now=now))
+            log.info("ingested %s: %s", day, results[-1].result)
         except SnapshotRefused as refusal:
             refusals.append(refusal)
     if refusals:

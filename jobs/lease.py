@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jobs.serving import try_lock
 from jobs.settings import Settings
 
 
@@ -22,21 +23,14 @@ def lease(settings: Settings, name: str, *, wait: float = 0.0) -> Iterator[None]
 
     The work itself holds it, so that a Job made by hand counts, whatever CronJob it was made from.
     """
-    if not settings.deployment:
-        with file_lease(lock_file(settings, name), wait=wait):
-            yield
-        return
-    from jobs import cluster
+    if settings.deployment:
+        from jobs import cluster
 
-    held = cluster.lease(settings, name, wait=wait)
-    try:
-        held.__enter__()
-    except cluster.LeaseHeld as error:
-        raise Held(str(error)) from None
-    try:
+        held = cluster.lease(settings, name, wait=wait)
+    else:
+        held = file_lease(lock_file(settings, name), wait=wait)
+    with held:
         yield
-    finally:
-        held.__exit__(None, None, None)
 
 
 def is_held(settings: Settings, name: str) -> bool | None:
@@ -47,10 +41,7 @@ def is_held(settings: Settings, name: str) -> bool | None:
         return cluster.holder(settings, name) is not None
     try:
         with lock_file(settings, name).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
+            return not try_lock(file.fileno(), fcntl.LOCK_SH)
     except OSError:
         return None
 
@@ -66,15 +57,11 @@ def file_lease(path: Path, *, wait: float = 0.0) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         end = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    file.seek(0)
-                    raise Held(f"{path.stem} is held by {file.read().strip() or 'another process'}") from None
-                time.sleep(0.05)
+        while not try_lock(file.fileno()):
+            if time.monotonic() >= end:
+                file.seek(0)
+                raise Held(f"{path.stem} is held by {file.read().strip() or 'another process'}")
+            time.sleep(0.05)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()}")

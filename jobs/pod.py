@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 
-from jobs.serving import REFUSALS, Pod
+from jobs.serving import REFUSALS, Pod, detail
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class LocalPod:
     async def _ask(self, client: httpx.AsyncClient) -> bool:
         answer = await client.get("/readyz")
         if answer.status_code != 200:
-            reason = _reason(answer)
+            reason = detail(answer.content)
             self.message = f"/readyz says {answer.status_code}: {reason}"
             if any(word in reason for word in REFUSALS):  # what else it says may pass
                 self.refusal = self.message
@@ -176,13 +176,6 @@ class LocalPod:
         if self._process:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), 10)
-
-
-def _reason(answer: httpx.Response) -> str:
-    """The sentence in an error of the service, or the beginning of whatever else it is."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(answer.json()["detail"])
-    return answer.text.strip()[:300]
 
 
 def _end_with_parent() -> Callable[[], None]:

@@ -33,7 +33,7 @@ from jobs.registry import (
     Registry,
     RegistryError,
 )
-from jobs.serving import ServedTagChanged, Serving, StaleFence, serving_of
+from jobs.serving import DIRECT, ServedTagChanged, Serving, StaleFence, serving_of
 from jobs.settings import Mode, Settings
 
 log = logging.getLogger(__name__)
@@ -458,8 +458,7 @@ class Promoter:
             found = ask(f"{pod.address}/info").get("bento_tag")
             if found != tag:
                 raise _ModelFault(f"{pod.name} says it serves {found}; expected {tag}")
-        features, score = golden_row(self.settings, tag)
-        answer = ask(f"{self.serving.url}/predict", {"features": features})
+        answer, score = ask_golden(self.settings, self.serving.url, tag)
         if answer.get("bento_tag") != tag:
             raise _WorldFault(f"{self.serving.url} is still answered by {answer.get('bento_tag')}")
         if not abs(float(answer["churn_probability"]) - score) <= GOLDEN_TOLERANCE:
@@ -547,9 +546,6 @@ class _Yielded(Exception):
     """A pin set meanwhile has precedence."""
 
 
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # pods and Services are never behind a proxy
-
-
 def ask(url: str, body: object = None) -> dict[str, Any]:
     """What a service answers in JSON; no answer is the world's fault, an error of its own the model's."""
     request = urllib.request.Request(
@@ -558,7 +554,7 @@ def ask(url: str, body: object = None) -> dict[str, Any]:
         data=None if body is None else json.dumps(body).encode(),
     )
     try:
-        with _direct.open(request, timeout=5) as answer:
+        with DIRECT.open(request, timeout=5) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as error:
@@ -566,6 +562,12 @@ def ask(url: str, body: object = None) -> dict[str, Any]:
         raise fault(f"{url} answered {error.code}: {error.read(300).decode('utf-8', 'replace')}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _WorldFault(f"{url} did not answer: {error}") from error
+
+
+def ask_golden(settings: Settings, url: str, tag: str) -> tuple[dict[str, Any], float]:
+    """What the service answers for a golden row of that bento, and the score that was stored for it."""
+    features, score = golden_row(settings, tag)
+    return ask(f"{url}/predict", {"features": features}), score
 
 
 def promote(

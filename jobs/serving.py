@@ -14,8 +14,9 @@ import os
 import re
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,8 @@ from typing import Any, Protocol
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # pods and Services are behind no proxy
 
 REFUSALS = ("golden", "sha256", "digest")  # words of /readyz that no other start of a bento will mend
 LOCK_FOR = 10.0  # seconds to wait for another writer of desired.json; it holds the lock for milliseconds
@@ -51,6 +54,13 @@ class Rollout:
     failure: str | None  # why pods of the wanted tag will never be ready; None while they may
     worlds_fault: bool = False  # the failure is not the bento's: an image that cannot be pulled, a quota
     template: int = 0  # changes when anybody changes the pod template; 0 where there is none
+
+
+def detail(body: bytes) -> str:
+    """The sentence in an error of the service, or the beginning of whatever else it is."""
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(body)["detail"])
+    return body.decode("utf-8", "replace").strip()[:300]
 
 
 class ServedTagChanged(Exception):

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cluster.node import pins
+
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("CHURN_CACHE", Path.home() / ".cache" / "churn"))
-NOTE = CACHE / "up.json"
+NOTE = pins.cache().parent / "up.json"
 NAMESPACE, RELEASE, TAG = "churn", "churn", "dev"
 OURS = [f"docker.io/library/churn-{name}:{TAG}" for name in ("jobs", "serving", "mlflow")]
 STAND_INS = ["docker.io/library/postgres:17", "docker.io/valkey/valkey:8"]
@@ -43,6 +44,11 @@ class Cluster:
     context: str
     load: Callable[[], None]
     made: bool = False
+
+    @property
+    def flags(self) -> list[str]:
+        """What tells kubectl the context."""
+        return ["--context", self.context] if self.context else []
 
 
 def run(*command: str, env: dict[str, str] | None = None, timeout: float = 1800) -> None:
@@ -95,10 +101,8 @@ def choose(context: str) -> Cluster:
 
 def _node() -> Cluster:
     run(*NODE, "up", timeout=5400)
-    found = dict(line.removeprefix("export ").split("=", 1) for line in said(*NODE, "env").splitlines() if "=" in line)
-    environment = {"KUBECONFIG": found["KUBECONFIG"], "INGRESS_ADDRESS": found["INGRESS_ADDRESS"]}
-    binaries = CACHE / "node" / "current" / "bin"
-    environment["PATH"] = f"{binaries}:{os.environ['PATH']}"
+    path = f"{pins.cache() / 'current' / 'bin'}:{os.environ['PATH']}"
+    environment = {"KUBECONFIG": str(pins.KUBECONFIG), "INGRESS_ADDRESS": pins.INGRESS_ADDRESS, "PATH": path}
     return Cluster("node", environment, "", lambda: run(*NODE, "load", *OURS, *STAND_INS), made=True)
 
 
@@ -137,8 +141,7 @@ def up(context: str) -> None:
         "--set-string", f"serving.podAnnotations.images={_loaded(cluster.kind)}",
         "--wait", "--timeout", "10m", env=cluster.environment)  # fmt: skip
     # the pods answer a moment before bootstrap ends, whose last line names a user
-    context = ["--context", cluster.context] if cluster.context else []
-    run("kubectl", *context, "--namespace", NAMESPACE, "wait", "job", "--for", "condition=complete", "--timeout", "300s",
+    run("kubectl", *cluster.flags, "--namespace", NAMESPACE, "wait", "job", "--for", "condition=complete", "--timeout", "300s",
         "--selector", "app.kubernetes.io/component=bootstrap", env=cluster.environment)  # fmt: skip
     print(f"\nup in {time.monotonic() - began:.0f} s; ask it:\n\n    {_curl(cluster)}\n")
 
@@ -152,14 +155,13 @@ def _loaded(kind: str) -> str:
 
 
 def _curl(cluster: Cluster) -> str:
-    flags = ["--context", cluster.context] if cluster.context else []
-    log = said("kubectl", *flags, "-n", NAMESPACE, "logs", "-l", "app.kubernetes.io/component=bootstrap", "--tail=20",
+    log = said("kubectl", *cluster.flags, "-n", NAMESPACE, "logs", "-l", "app.kubernetes.io/component=bootstrap", "--tail=20",
                env=cluster.environment)  # fmt: skip
     user = re.search(r"example_user=(\S+)", log)
     body = f"""-H 'Content-Type: application/json' -d '{{"user_id": "{user[1] if user else "7590-VHVEG"}"}}'"""
     if cluster.kind == "node":
         return f"curl {cluster.environment['INGRESS_ADDRESS'].rstrip('/')}/predict {body}"
-    forward = " ".join(["kubectl", *flags, "-n", NAMESPACE, "port-forward", f"service/{RELEASE}", "8080:80"])
+    forward = " ".join(["kubectl", *cluster.flags, "-n", NAMESPACE, "port-forward", f"service/{RELEASE}", "8080:80"])
     return f"{forward} &\n    curl http://127.0.0.1:8080/predict {body}"
 
 

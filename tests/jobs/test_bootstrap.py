@@ -82,7 +82,7 @@ def test_labels_that_are_not_known_yet_are_waited_for(tmp_path: Path, simulated:
 def test_killed_between_two_months_it_makes_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_for(tmp_path / "home", simulate_users=3000, simulate_months=3)
     with monkeypatch.context() as patch:
-        patch.setattr(ingest_module, "ingest", _once(ingest_module.ingest))
+        patch.setattr(module, "ingest", _once(ingest_module.ingest))
         with pytest.raises(KeyboardInterrupt):
             module._take_data(settings, as_of=NOW, now=NOW)
     assert len(Snapshots(settings.snapshots).days()) == 1

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from jobs import cluster
-from jobs.cluster import Api, ClusterError, KubernetesServing, LeaseHeld, lease, start_job
+from jobs.cluster import Api, ClusterError, KubernetesServing, lease, start_job
 from jobs.lease import Held, is_held
 from jobs.lease import lease as any_lease
 from jobs.serving import ServedTagChanged, StaleFence, serving_of
@@ -979,7 +979,7 @@ def test_a_holder_that_renews_is_left_for_good(
 ) -> None:
     with lease(settings, "promote"):
         for _ in range(3):
-            with pytest.raises(LeaseHeld), lease(settings, "promote", wait=0.5):
+            with pytest.raises(Held), lease(settings, "promote", wait=0.5):
                 pass
     assert ends == []
 
@@ -993,7 +993,7 @@ def test_taking_ends_though_every_write_meets_another(
     kubernetes.fail("(POST|PUT) .*/leases", status=409)
     begun = time.monotonic()
 
-    with pytest.raises(LeaseHeld, match="churn-promote is held by"), lease(settings, "promote"):
+    with pytest.raises(Held, match="churn-promote is held by"), lease(settings, "promote"):
         pass
 
     assert time.monotonic() - begun < 5
