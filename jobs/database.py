@@ -10,12 +10,15 @@ On Postgres all of it lives in the first schema of the connection's search_path,
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import re
+import sqlite3
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -228,12 +231,14 @@ def _engine(url: str) -> sa.Engine:
         engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=_postgres_arguments(parsed))
         sa.event.listen(engine, "connect", _limit_statements)
         return engine
-    _make_folder(parsed)
+    _make_file(parsed)
     engine = sa.create_engine(parsed, connect_args={"timeout": LOCK_SECONDS})
 
     @sa.event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _: Any) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")  # readers and the shipper do not wait for each other
+        connection.execute(
+            "PRAGMA journal_mode=WAL"
+        )  # also a file that somebody else made: readers and the shipper do not wait for each other
         connection.execute("PRAGMA foreign_keys=ON")
 
     return engine
@@ -254,9 +259,18 @@ def _parsed(url: str) -> sa.URL:
     return parsed
 
 
-def _make_folder(url: sa.URL) -> None:
-    if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+def _make_file(url: sa.URL) -> None:
+    """A new SQLite file appears with its journal mode set: SQLite does not wait for others when it changes that."""
+    path = Path(url.database or ":memory:")
+    if str(path) == ":memory:" or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        with contextlib.closing(sqlite3.connect(new)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        with contextlib.suppress(FileExistsError):  # another was faster
+            os.link(new, path)
 
 
 def _postgres_arguments(url: sa.URL) -> dict[str, Any]:
@@ -300,12 +314,12 @@ def _migrate(url: str, command: Callable[[Any, str], None], revision: str) -> No
         command(config, revision)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _transaction(url: str) -> Iterator[sa.Connection]:
     """One transaction on a connection of its own, in which no other process migrates this database."""
     parsed = _parsed(url)
     if parsed.get_backend_name() == "sqlite":
-        _make_folder(parsed)
+        _make_file(parsed)
         # isolation_level: else Python begins a transaction when it sees fit, which is not before DDL
         engine = sa.create_engine(
             parsed, poolclass=sa.NullPool, connect_args={"timeout": LOCK_SECONDS, "isolation_level": None}

@@ -1,4 +1,4 @@
-"""One switch that breaks a named step, for tests: `CHURN_FAILPOINT=promote.opened=exit`.
+"""One switch that breaks a named step, for tests: `CHURN_FAILPOINT=promote.opened=exit`, or `=sleep:5`, `=raise`.
 
 Off unless the variable is set. A step is declared in `STEPS`, which the tests enumerate, so that a new step
 without a test fails.
@@ -7,6 +7,7 @@ without a test fails.
 from __future__ import annotations
 
 import os
+import time
 
 STEPS = (
     "promote.opened",
@@ -28,11 +29,17 @@ class Failpoint(RuntimeError):
 
 
 def failpoint(step: str) -> None:
-    """Do nothing, or what `CHURN_FAILPOINT` says of this step: `exit` ends the process at once, `raise` raises."""
+    """Do nothing, or what `CHURN_FAILPOINT` says of this step.
+
+    `exit` ends the process at once as SIGKILL would, `sleep:5` goes on after 5 seconds, `raise` raises Failpoint.
+    """
     if step not in STEPS:
         raise ValueError(f"{step} is not listed in jobs.failpoints.STEPS")
     name, _, act = os.environ.get("CHURN_FAILPOINT", "").rpartition("=")
-    if name == step:
-        if act == "exit":
-            os._exit(137)
-        raise Failpoint(f"failpoint {step}")
+    if name != step:
+        return None
+    if act == "exit":
+        os._exit(137)
+    if act.startswith("sleep:"):
+        return time.sleep(float(act.removeprefix("sleep:")))
+    raise Failpoint(f"failpoint {step}")

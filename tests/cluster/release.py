@@ -8,9 +8,10 @@ import subprocess
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +181,45 @@ class Release:
 
     def job_from_cronjob(self, cronjob: str, name: str = "", *arguments: str, as_of: str | None = None) -> JobEnd:
         """`kubectl create job --from=cronjob/…`, waited for; arguments are added to those of the CronJob."""
-        job = name or f"{cronjob}-{secrets.token_hex(2)}"
         if as_of:
             arguments = (*arguments, "--as-of", as_of)
+        return self.job_end(self.start_job(cronjob, name, *arguments))
+
+    def start_job(self, cronjob: str, name: str = "", *arguments: str, failpoint: str = "") -> str:
+        """The same, not waited for; its name. One with a failpoint (`jobs.failpoints`) is not tried a second time."""
+        job = name or f"{cronjob}-{secrets.token_hex(2)}"
         command = ["create", "job", f"--from=cronjob/{cronjob}", job]
-        if arguments:
-            made = json.loads(self.kubectl(*command, "--dry-run=client", "-o", "json"))
-            made["spec"]["template"]["spec"]["containers"][0]["args"] += arguments
-            self.create(made)
-        else:
+        if not arguments and not failpoint:
             self.kubectl(*command)
-        return self.job_end(job)
+            return job
+        made = json.loads(self.kubectl(*command, "--dry-run=client", "-o", "json"))
+        container = made["spec"]["template"]["spec"]["containers"][0]
+        container["args"] += arguments
+        if failpoint:
+            made["spec"]["backoffLimit"] = 0
+            container["env"].append({"name": "CHURN_FAILPOINT", "value": failpoint})
+        self.create(made)
+        return job
+
+    @contextmanager
+    def suspended(self, cronjob: str) -> Iterator[None]:
+        """No Job of that CronJob begins by itself, and none that did is still at work."""
+        # not at the moment at which one is made: CronJobs that run each minute do so at its beginning
+        wait_until("the minute is well under way", lambda: 5 <= datetime.now(UTC).second < 55, within=30, every=0.5)
+        self.kubectl("patch", "cronjob", cronjob, "--patch", '{"spec": {"suspend": true}}')
+        try:
+
+            def quiet() -> bool:
+                active = self.get("cronjob", cronjob).get("status", {}).get("active", [])
+                if active:
+                    raise NotYet(f"{[job['name'] for job in active]} at work")
+                return True
+
+            wait_until(f"no {cronjob} is at work", quiet, within=120)
+            self.bootstrapped()  # what an upgrade started does all of it too
+            yield
+        finally:
+            self.kubectl("patch", "cronjob", cronjob, "--patch", '{"spec": {"suspend": false}}')
 
     def job_end(self, name: str, within: float = JOB_SECONDS) -> JobEnd:
         """Wait until a Job is Complete or Failed, and read its log."""

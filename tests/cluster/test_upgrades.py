@@ -164,17 +164,15 @@ def test_promote_ended_in_the_middle_is_finished_by_the_next(release: Release) -
     """The pod that holds the Lease is deleted while the new one starts: the next run finishes what it began."""
     version = 3 - release.served_version()
     with release.clients() as clients:
-        release.move_alias(version)
-        release.kubectl("create", "job", "--from=cronjob/promote", "ended")
-
-        def at_work() -> bool:
-            return release.served_version() == version and release.promotions()[-1]["closed_at"] is None
-
-        wait_until("promotion has begun", at_work, within=90, every=0.1)
-        holder = release.get("lease", f"{release.name}-promote")["spec"]["holderIdentity"].split("/")[0]
-        job = release.get("pod", holder)["metadata"]["labels"]["batch.kubernetes.io/job-name"]
-        release.kubectl("delete", "pod", holder, "--grace-period=1", "--wait=false")
-        assert not release.job_end(job).complete, "it was done before it could be ended"
+        with release.suspended("promote"):
+            release.move_alias(version)
+            job = release.start_job("promote", "ended", failpoint="promote.patched=sleep:120")
+            wait_until("it has patched the tag", lambda: release.served_version() == version, within=90)
+            assert release.promotions()[-1]["closed_at"] is None
+            holder = release.get("lease", f"{release.name}-promote")["spec"]["holderIdentity"].split("/")[0]
+            assert release.get("pod", holder)["metadata"]["labels"]["batch.kubernetes.io/job-name"] == job
+            release.kubectl("delete", "pod", holder, "--grace-period=1", "--wait=false")
+            assert not release.job_end(job).complete
         release.wait_served(version, within=120)
         wait_until("the promotion is closed", lambda: release.promotions()[-1]["closed_at"], within=120)
     print(clients)

@@ -1,0 +1,35 @@
+"""The switch that breaks a step."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from jobs.failpoints import STEPS, Failpoint, failpoint
+
+
+def test_off_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHURN_FAILPOINT", raising=False)
+    for step in STEPS:
+        failpoint(step)
+
+
+def test_it_breaks_the_named_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHURN_FAILPOINT", "promote.built=raise")
+    failpoint("promote.opened")
+    with pytest.raises(Failpoint, match="promote.built"):
+        failpoint("promote.built")
+
+
+def test_it_may_only_hold_a_step_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setenv("CHURN_FAILPOINT", "promote.patched=sleep:1.5")
+    failpoint("promote.patched")
+    assert slept == [1.5]
+
+
+def test_steps_have_to_be_listed() -> None:
+    with pytest.raises(ValueError, match="promote.unheard of is not listed"):
+        failpoint("promote.unheard of")
