@@ -230,7 +230,8 @@ def _online_as_of(settings: Settings, problems: list[str]) -> str | None:
     from bentos.churn.online import SENTINEL, StoreEmpty, UserFeatures, open_store
     from feature_repo.columns import FEATURE_TABLES, view_name
 
-    plan = Plan([Feature(c.name, view_name(t.name), "float") for t in FEATURE_TABLES for c in t.columns])
+    columns = ((view_name(table.name), column) for table in FEATURE_TABLES for column in table.columns)
+    plan = Plan([Feature(c.name, view, c.kind, c.categories) for view, c in columns if c.kind != "date"])
 
     def read() -> UserFeatures | None:
         url = settings.online_store
@@ -250,7 +251,7 @@ def _online_as_of(settings: Settings, problems: list[str]) -> str | None:
             return None
 
     found = _ask(read_or_empty, problems, "the online store", "start it, or correct CHURN_ONLINE_STORE_URL")
-    return None if found is None else min(found.timestamps.values()).isoformat()
+    return None if found is None else found.ages.text
 
 
 def lines(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -37,6 +37,22 @@ class Histogram:
         return buckets, self._sum
 
 
+class Pauses:
+    """How often and how long the garbage collector held everything up; one of `gc.callbacks`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.longest = 0.0  # seconds
+        self._began = 0.0
+
+    def __call__(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+            return
+        self.count += 1
+        self.longest = max(self.longest, time.perf_counter() - self._began)
+
+
 class Metrics:
     """The service's numbers; `collect` makes it a collector for prometheus_client."""
 
@@ -46,6 +62,7 @@ class Metrics:
         self.scores = Histogram(_SCORE)
         self.missing: dict[str, int] = {}  # by feature: a default stood in
         self.stale = 0
+        self.pauses = Pauses()
         self.info: dict[str, str] = {}
         self.ready = False
         self.spool: Any = None
@@ -80,6 +97,8 @@ class Metrics:
             info.add_metric([self.info[name] for name in sorted(self.info)], 1)
         yield info
         yield Gauge("churn_ready", "1 if ready", value=float(self.ready))
+        yield Counter("churn_gc_pauses", "Garbage collections since it was ready", value=self.pauses.count)
+        yield Gauge("churn_gc_pause_seconds_max", "The longest of them", value=self.pauses.longest)
         if self.spool is not None and self.shipper is not None:
             yield Gauge(
                 "churn_log_backlog_bytes", "Predictions waiting for the database", value=self.spool.backlog_bytes

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +62,24 @@ class Feature:
     description: str = ""
 
 
+class Cell(NamedTuple):
+    """What a feature of a row is, in the forms it is needed in."""
+
+    name: str
+    found: Value | None  # as it was stored or sent; None: null, or not there
+    value: Value | None  # as the model sees it; None: it cannot do without, or cannot take what was found
+    code: float  # the number for it
+    text: str  # `"name":value` in JSON
+
+
+class Row(NamedTuple):
+    """A row as the model sees it."""
+
+    codes: list[float]
+    text: str  # a JSON object: every feature, in order
+    replaced: list[str]  # features whose null or absent values something stands in for
+
+
 class Plan:
     """The model's columns in their order, and the way from a row of values to a row of numbers."""
 
@@ -69,6 +87,7 @@ class Plan:
         self.features = tuple(features)
         self.names = tuple(feature.name for feature in features)
         self._codes = {f.name: {c: float(i) for i, c in enumerate(f.categories or ())} for f in features}
+        self._texts = {f.name: json.dumps(f.name) + ":" for f in features}
 
     @classmethod
     def from_json(cls, features: Sequence[Mapping[str, Any]]) -> Plan:
@@ -80,25 +99,49 @@ class Plan:
             ]
         )
 
-    def complete(self, row: Mapping[str, Any]) -> dict[str, Value]:
-        """The row as the model sees it: every column, in order, nulls and absent values replaced."""
-        values: dict[str, Value] = {}
-        missing = []
-        for feature in self.features:
-            value = row.get(feature.name, _ABSENT)
-            if value is None or (value.__class__ is float and math.isnan(value)):  # a NaN is a null
-                value = feature.null_category
-            if value is None or value is _ABSENT:
-                if feature.default is None:
-                    missing.append(feature.name)
-                    continue
-                value = feature.default
-            values[feature.name] = self._cast(feature, value)
-        if missing:
-            raise MissingFeatures(missing)
-        return values
+    def cell(self, feature: Feature, value: Any = _ABSENT) -> Cell:
+        """A feature's value, or what stands in for it where it is null or absent."""
+        name = feature.name
+        if value is None or (value.__class__ is float and math.isnan(value)):  # a NaN is a null
+            found, value = None, feature.null_category
+        else:
+            found = None if value is _ABSENT else value
+        if value is None or value is _ABSENT:
+            value = feature.default
+        value = None if value is None else self._cast(feature, value)
+        if value is None:
+            return Cell(name, found, None, math.nan, "")
+        code = self._codes[name][value] if value.__class__ is str else float(value)
+        return Cell(name, found, value, code, self._texts[name] + json.dumps(value))
 
-    def _cast(self, feature: Feature, value: Any) -> Value:
+    def measurement(self, feature: Feature, value: float) -> Cell:
+        """The cell of a finite number in a column of floats: the shortest way."""
+        return Cell(feature.name, value, value, value, f"{self._texts[feature.name]}{value!r}")
+
+    def row(self, cells: Sequence[Cell]) -> Row:
+        """The row of these cells, one for every feature in order; raises MissingFeatures or WrongValue."""
+        values = [cell.value for cell in cells]
+        if None in values:
+            self._refuse([cell for cell in cells if cell.value is None])
+        replaced = [cell.name for cell in cells if cell.found is None]
+        return Row([cell.code for cell in cells], "{" + ",".join([cell.text for cell in cells]) + "}", replaced)
+
+    def _refuse(self, cells: Sequence[Cell]) -> None:
+        for cell in cells:
+            if cell.found is not None:
+                kind = next(feature.kind for feature in self.features if feature.name == cell.name)
+                raise WrongValue(f"{cell.name} is {cell.found!r}, which is no {kind} the model knows")
+        raise MissingFeatures([cell.name for cell in cells])
+
+    def cells(self, values: Mapping[str, Any]) -> list[Cell]:
+        """The cells of a row of values by name."""
+        return [self.cell(feature, values.get(feature.name, _ABSENT)) for feature in self.features]
+
+    def encode(self, values: Mapping[str, Any]) -> list[float]:
+        """The numbers for a row: categories by index, booleans 0 or 1. Raises MissingFeatures or WrongValue."""
+        return self.row(self.cells(values)).codes
+
+    def _cast(self, feature: Feature, value: Any) -> Value | None:
         kind = feature.kind
         if kind == "category":
             if value is True or value is False:
@@ -115,16 +158,7 @@ class Plan:
                 return float(value)
             if value == int(value) or value == feature.default:  # the median of counts may be 1.5
                 return int(value) if value == int(value) else float(value)
-        raise WrongValue(f"{feature.name} is {value!r}, which is no {kind} the model knows")
-
-    def codes(self, values: Mapping[str, Value]) -> list[float]:
-        """The numbers for a completed row."""
-        codes = self._codes
-        return [codes[name][value] if value.__class__ is str else float(value) for name, value in values.items()]
-
-    def encode(self, row: Mapping[str, Any]) -> list[float]:
-        """The numbers for a row: categories by index, booleans 0 or 1. Raises MissingFeatures or WrongValue."""
-        return self.codes(self.complete(row))
+        return None
 
 
 def code_digest(folder: Path) -> str:

@@ -18,14 +18,14 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from bentos.churn.database import open_sqlite, sqlite_path
-from bentos.churn.model import Plan, Value
+from bentos.churn.model import Cell, Plan, Value
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +47,30 @@ class LayoutMismatch(StoreDown):
     """The online store holds features in another form than the one that is read here."""
 
 
+class Ages(NamedTuple):
+    """When the rows of a user were true."""
+
+    timestamps: Mapping[str, datetime]  # of each view that has one
+    oldest: datetime
+    text: str  # the oldest, as in ISO 8601
+
+    @classmethod
+    def of(cls, timestamps: Mapping[str, datetime]) -> Ages:
+        """The ages of at least one row."""
+        oldest = min(timestamps.values())
+        return cls(timestamps, oldest, oldest.isoformat())
+
+
 class UserFeatures(NamedTuple):
     """What the store holds of one user."""
 
-    values: dict[str, Value | None]  # every feature of the plan; None: null, or no row in its view
-    timestamps: dict[str, datetime]  # per view that has a row: when it was true
+    cells: list[Cell]  # one for every feature of the plan
+    ages: Ages
+
+    @property
+    def values(self) -> dict[str, Value | None]:
+        """Every feature of the plan as it is stored; None: null, or no row in its view."""
+        return {cell.name: cell.found for cell in self.cells}
 
 
 class OnlineStore(Protocol):
@@ -174,7 +193,7 @@ class SqliteStore:
         self._views: dict[str, str] = {}
         for feature in plan.features:
             self._views.setdefault(feature.view, f"{project}_{feature.view}".replace('"', '""'))
-        self._blank: dict[str, Value | None] = dict.fromkeys(plan.names)
+        self._plan = plan
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="online-store")
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
@@ -235,7 +254,8 @@ class SqliteStore:
             self._connection = None
 
     def _read(self, connection: sqlite3.Connection, user_ids: Sequence[str]) -> list[UserFeatures | None]:
-        found = {entity_key(user_id): UserFeatures(self._blank.copy(), {}) for user_id in user_ids}
+        blank: dict[str, Value | None] = dict.fromkeys(self._plan.names)
+        found = {entity_key(user_id): (blank.copy(), dict[str, datetime]()) for user_id in user_ids}
         marks = ",".join("?" * len(found))
         incomplete = []
         for view, table in self._views.items():
@@ -246,17 +266,18 @@ class SqliteStore:
             ).fetchall()
             with_rows = 0
             for key, name, value, event_ts in rows:
-                user = found[key]
-                if name in user.values:
-                    user.values[name] = decode_value(value)
-                if view not in user.timestamps:
-                    user.timestamps[view] = decode_timestamp(event_ts)
+                values, timestamps = found[key]
+                if name in values:
+                    values[name] = decode_value(value)
+                if view not in timestamps:
+                    timestamps[view] = decode_timestamp(event_ts)
                     with_rows += 1
             if with_rows < len(found):
                 incomplete.append(view)
         if incomplete:
             self._check_sentinel(connection, incomplete)
-        return [user if user.timestamps else None for user in (found[entity_key(u)] for u in user_ids)]
+        rows = [found[entity_key(user_id)] for user_id in user_ids]
+        return [UserFeatures(self._plan.cells(values), Ages.of(at)) if at else None for values, at in rows]
 
     def _check_sentinel(self, connection: sqlite3.Connection, views: Iterable[str]) -> None:
         key = entity_key(SENTINEL)

@@ -251,7 +251,8 @@ def spread(frame: pd.DataFrame, scores: NDArray[Any], count: int) -> pd.DataFram
 def _golden(plan: model.Plan, frame: pd.DataFrame, scores: NDArray[np.float32]) -> dict[str, Any]:
     """Each row as serving sees it, with what ONNX gave for it."""
     columns = [frame[name].tolist() for name in plan.names]  # Python's own numbers, as requests have them
-    rows = [plan.complete(dict(zip(plan.names, values, strict=True))) for values in zip(*columns, strict=True)]
+    found = [plan.cells(dict(zip(plan.names, values, strict=True))) for values in zip(*columns, strict=True)]
+    rows = [json.loads(plan.row(cells).text) for cells in found]
     return {"rows": rows, "scores": [float(score) for score in scores]}
 
 

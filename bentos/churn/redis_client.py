@@ -1,8 +1,9 @@
 """A small client of Redis and Valkey: commands in, replies out, an answer or StoreDown within 250 ms.
 
 A general client takes longer over a command than the server and the network together, so this knows just what
-the store of features needs. Commands of many requests share a connection; they are answered in their order. A
-connection with a long queue gets a companion, so that a single look-up does not wait behind one of thousands.
+the store of features needs; hiredis reads the replies. Commands of many requests share a connection; they are
+answered in their order. A connection with a long queue gets a companion, so that a single look-up does not wait
+behind one of thousands.
 What was sent over a connection that broke is sent once more over another.
 
 While the server is away, one request at a time finds out whether it is back. The others are refused at once,
@@ -20,6 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import hiredis
+from hiredis import ReplyError
+
 from bentos.churn.online import StoreDown
 
 ANSWER_SECONDS = 0.25  # from the question to the answer: connecting, logging in and the second attempt included
@@ -28,8 +32,6 @@ POOL = 4
 CROWDED = 64  # replies a connection owes before it gets a companion
 
 _SCHEMES = {"redis": False, "rediss": True}
-_SIZES = {b"$%d" % size: size for size in range(256)}
-_CRLF = b"\r\n"
 
 
 @dataclass(frozen=True)
@@ -72,81 +74,12 @@ class Address:
         return f"{self.host}:{self.port}"
 
 
-class ReplyError(Exception):
-    """The server's reply to a command is an error; an instance stands where the reply would."""
-
-
 Reply = bytes | int | ReplyError | list[Any] | None
 
 
 def command(*words: bytes) -> bytes:
     """A command as it goes over the wire."""
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
-
-
-class ReplyParser:
-    """Cuts the bytes of a connection into replies. One split of all there is costs a third of looking for each end."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[Reply]:
-        """The replies that are complete now; ValueError if these are none."""
-        parts = (self._rest + data).split(_CRLF)
-        replies: list[Reply] = []
-        at = 0
-        with contextlib.suppress(IndexError):  # the last one is not complete
-            while at < len(parts) - 1:
-                reply, at = _reply(parts, at)
-                replies.append(reply)
-        self._rest = _CRLF.join(parts[at:])
-        return replies
-
-
-def _reply(parts: list[bytes], at: int) -> tuple[Reply, int]:
-    """The reply that begins at a part, and where the next one begins; IndexError if it is not all there."""
-    head = parts[at]
-    kind, rest = head[:1], head[1:]
-    if kind == b"*":
-        count = int(rest)
-        if count < 1:
-            return [], at + 1
-        stop = at + 1 + 2 * count
-        values = parts[at + 2 : stop : 2]
-        if stop < len(parts) and [*map(_SIZES.get, parts[at + 1 : stop : 2])] == [*map(len, values)]:
-            return values, stop
-        items = []
-        at += 1
-        for _ in range(count):  # with nulls, or line ends inside of values
-            if at >= len(parts) - 1:
-                raise IndexError
-            item, at = _reply(parts, at)
-            items.append(item)
-        return items, at
-    if kind == b"$":
-        return _bulk(parts, at, int(rest))
-    if kind == b"-":
-        return ReplyError(rest.decode(errors="replace")), at + 1
-    if kind == b"+":
-        return rest, at + 1
-    if kind == b":":
-        return int(rest), at + 1
-    raise ValueError(f"{head[:40]!r} is no reply")
-
-
-def _bulk(parts: list[bytes], at: int, size: int) -> tuple[bytes | None, int]:
-    if size < 0:
-        return None, at + 1
-    value = parts[at + 1]
-    at += 2
-    while len(value) < size:
-        value += _CRLF + parts[at]
-        at += 1
-    if at >= len(parts):
-        raise IndexError
-    if len(value) != size:
-        raise ValueError("a value is longer than was said")
-    return value, at
 
 
 class _Call:
@@ -156,7 +89,7 @@ class _Call:
         self.count = count
         self.future = future
         self.replies: list[Reply] = []
-        self.timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle
 
 
 class _Connection(asyncio.Protocol):
@@ -166,7 +99,7 @@ class _Connection(asyncio.Protocol):
         self.owed = 0  # replies
         self._on_lost = on_lost
         self._calls: deque[_Call] = deque()
-        self._parser = ReplyParser()
+        self._reader = hiredis.Reader()
         self._transport: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -184,18 +117,17 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            replies = self._parser.feed(data)
-            self.owed -= len(replies)
-            for reply in replies:
+            self._reader.feed(data)
+            while (reply := self._reader.gets()) is not False:  # False: the next one is not complete
                 call = self._calls[0]
+                self.owed -= 1
                 call.replies.append(reply)
                 if len(call.replies) == call.count:
                     self._calls.popleft()
-                    if call.timer is not None:
-                        call.timer.cancel()
+                    call.timer.cancel()
                     if not call.future.done():
                         call.future.set_result(call.replies)
-        except (ValueError, IndexError) as error:
+        except (hiredis.ProtocolError, IndexError) as error:
             self.end(f"what answers is no Redis: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -208,8 +140,7 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
         while self._calls:
             call = self._calls.popleft()
-            if call.timer is not None:
-                call.timer.cancel()
+            call.timer.cancel()
             if not call.future.done():
                 call.future.set_exception(ConnectionError(reason))
 
@@ -293,7 +224,7 @@ class RedisClient:
         """The connection with the shortest queue."""
         if not self._connections:
             return None
-        best = min(self._connections, key=_owed)
+        best = self._connections[0] if len(self._connections) == 1 else min(self._connections, key=_owed)
         if best.owed > CROWDED and len(self._connections) < POOL:
             self._open_soon()
         return best

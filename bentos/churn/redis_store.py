@@ -8,14 +8,18 @@ writes all fields of a view at once, nulls included: where one alone is missing,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+import struct
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any
+from math import isfinite
 
-from bentos.churn.model import Plan, Value
+from hiredis import ReplyError
+
+from bentos.churn.model import Cell, Plan
 from bentos.churn.online import (
     SENTINEL,
+    Ages,
     LayoutMismatch,
     StoreDown,
     StoreEmpty,
@@ -24,16 +28,17 @@ from bentos.churn.online import (
     entity_key,
     read_varint,
 )
-from bentos.churn.redis_client import ANSWER_SECONDS, Address, RedisClient, Reply, ReplyError, command
+from bentos.churn.redis_client import ANSWER_SECONDS, Address, RedisClient, Reply, command
 
 LARGE = 64  # users; reads of more take turns, so that none waits for its answer behind the others
 TURN_SECONDS = 5.0
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MISMATCH = f"the online store's row of {SENTINEL} is not in the layout of Feast that is read here"
-_REMEMBERED = 4096  # values and timestamps: most are the same for many users
+_REMEMBERED = 1024  # values of a column, and timestamps: most are the same for many users
+_DOUBLE = struct.Struct("<d")
 
-Row = list[bytes | None]
+Reading = list[bytes | None]  # one user's values, then timestamps
 
 
 def murmur(data: bytes) -> int:
@@ -74,10 +79,6 @@ def decode_instant(data: bytes) -> datetime:
     raise StoreDown(f"the online store holds {data[:16]!r}, which is no timestamp")
 
 
-_value = lru_cache(_REMEMBERED)(decode_value)
-_instant = lru_cache(_REMEMBERED)(decode_instant)
-
-
 class RedisStore:
     """Feast's Redis online store. What to ask and how to read the answer is settled when the model is loaded."""
 
@@ -86,10 +87,8 @@ class RedisStore:
         self._large = asyncio.Lock()
         self._project = project.encode()
         self._plan = plan
-        # measurements hardly repeat: remembering them would only push the others out
-        self._decoders: list[Callable[[Any], Value | None]] = [
-            decode_value if feature.kind == "float" else _value for feature in plan.features
-        ]
+        self._known: list[dict[bytes | None, Cell]] = [{} for _ in plan.features]
+        self._ages = lru_cache(_REMEMBERED)(self._decode_ages)
         self._views = tuple(dict.fromkeys(feature.view for feature in plan.features))
         fields = [field_name(f.view, f.name) for f in plan.features] + [f"_ts:{v}".encode() for v in self._views]
         self._features = len(plan.features)
@@ -136,24 +135,41 @@ class RedisStore:
         key = self._key(user_id)
         return b"%b%d\r\n%b%b" % (self._head, len(key), key, self._tail)
 
-    def _row(self, reply: Reply) -> Row:
+    def _row(self, reply: Reply) -> Reading:
         if reply.__class__ is not list or len(reply) != self._size:
             raise StoreDown(f"{self._client.address.name}: {reply if isinstance(reply, ReplyError) else 'odd reply'}")
         return reply
 
-    def _user(self, row: Row, absent: set[str]) -> UserFeatures | None:
+    def _user(self, row: Reading, absent: set[str]) -> UserFeatures | None:
         """What a row says; views without one are added to `absent`."""
         if None in row:
             here = self._present(row)
             absent.update(view for view in self._views if view not in here)
             if not here:
                 return None
-        # the timestamps follow the values; nothing at all is decoded to None, as a null is
-        values = {n: decode(raw) for n, decode, raw in zip(self._plan.names, self._decoders, row, strict=False)}
-        stamps = zip(self._views, row[self._features :], strict=True)
-        return UserFeatures(values, {view: _instant(raw) for view, raw in stamps if raw is not None})
+        cells = []
+        for at, (known, raw) in enumerate(zip(self._known, row, strict=False)):  # the timestamps follow the values
+            cell = known.get(raw)
+            cells.append(self._cell(at, raw) if cell is None else cell)
+        return UserFeatures(cells, self._ages(*row[self._features :]))
 
-    def _present(self, row: Row) -> set[str]:
+    def _cell(self, at: int, raw: bytes | None) -> Cell:
+        """The cell of a feature, remembered unless it is a measurement: those hardly repeat."""
+        feature = self._plan.features[at]
+        if feature.kind == "float" and raw is not None and len(raw) == 9 and raw[0] == 0x29:  # a double
+            number: float = _DOUBLE.unpack_from(raw, 1)[0]
+            if isfinite(number):
+                return self._plan.measurement(feature, number)
+        cell = self._plan.cell(feature, None if raw is None else decode_value(raw))
+        if len(self._known[at]) < _REMEMBERED:
+            self._known[at][raw] = cell
+        return cell
+
+    def _decode_ages(self, *stamps: bytes | None) -> Ages:
+        pairs = zip(self._views, stamps, strict=True)
+        return Ages.of({view: decode_instant(raw) for view, raw in pairs if raw is not None})
+
+    def _present(self, row: Reading) -> set[str]:
         """The views that the row has all fields of; StoreEmpty if it has some of a view's and not others."""
         stamped = {v for v, raw in zip(self._views, row[self._features :], strict=True) if raw is not None}
         for feature, raw in zip(self._plan.features, row, strict=False):
@@ -164,16 +180,19 @@ class RedisStore:
 
     async def _check_sentinel(self, views: Collection[str], deadline: float) -> None:
         reply, fields = await self._client.ask(self._ask_sentinel, 2, deadline)
-        absent: set[str] = set()
         if isinstance(reply, ReplyError) and str(reply).startswith("WRONGTYPE"):
             raise LayoutMismatch(f"{_MISMATCH}: {reply}")
         row = self._row(reply)
         try:
-            sentinel = self._user(row, absent)
+            here = self._present(row)
+            for raw in row[: self._features]:
+                decode_value(raw or b"")
+            for raw in row[self._features :]:
+                decode_instant(raw or b"")
         except (StoreDown, StoreEmpty) as error:
             raise LayoutMismatch(f"{_MISMATCH}: {error}") from None
-        if sentinel is None and isinstance(fields, int) and fields:
+        if not here and isinstance(fields, int) and fields:
             raise LayoutMismatch(f"{_MISMATCH}: {fields} fields, but none of {', '.join(self._views)}")
-        wiped = [view for view in self._views if view in views and view in absent]
+        wiped = [view for view in self._views if view in views and view not in here]
         if wiped:
             raise StoreEmpty(f"the online store has no rows of {', '.join(wiped)}; materialize fills it again")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bentos.churn.model import Feature, MissingFeatures, Plan, Value
+from bentos.churn.model import Feature, MissingFeatures, Plan, Row
 
 MAX_USERS = 1_000
 MAX_USER_ID = 128
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
     user_id: str | None = None
     user_ids: list[str] | None = None
-    features: dict[str, Value] | None = None  # completed: as the model sees them
+    features: Row | None = None  # as the model sees them
 
 
 _FORMS = ("user_id", "user_ids", "features")
@@ -66,7 +66,7 @@ class RequestParser:
             return Request(user_ids=_user_ids(document["user_ids"]))
         return Request(features=self._features(document["features"]))
 
-    def _features(self, row: Any) -> dict[str, Value]:
+    def _features(self, row: Any) -> Row:
         if row.__class__ is not dict:
             raise malformed(f"features: expected an object with the model's features, found {shown(row)}")
         problems = []
@@ -80,7 +80,7 @@ class RequestParser:
             more = len(problems) - _PROBLEMS
             raise malformed("; ".join(problems[:_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))
         try:
-            return self._plan.complete(row)
+            return self._plan.row(self._plan.cells(row))
         except MissingFeatures as error:
             raise RequestError(422, "missing_features", str(error)) from None
 

@@ -14,6 +14,7 @@ way, and the spool is emptied into the database.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import json
@@ -189,6 +190,8 @@ class Churn:
             _drain_on_sigterm(self._config.drain_seconds if self._config else 0.0)
         gc.collect()
         gc.freeze()
+        gc.callbacks.append(API.metrics.pauses)
+        _give_back_memory()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def end(self) -> None:
@@ -210,6 +213,12 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:  # it died before we asked
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _give_back_memory() -> None:
+    """What loading took and does not need any more."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _listener() -> socket.socket | None:

@@ -6,15 +6,15 @@ records are one write to the current segment file, before its answer is sent: wh
 survives the death of the process. Segments are deleted when the database has all their records, so a
 crash in between ships some twice, and the primary key of the table drops the second.
 
-A record is a mark, length, checksum and JSON. The mark cannot occur in JSON, so that reading finds the next
-record behind a damaged one; what is damaged goes to the folder `quarantine`, never silently away.
+A record is a mark, length, checksum and a JSON object, the row of the table. The mark cannot occur in JSON, so that
+reading finds the next record behind a damaged one; what is damaged goes to the folder `quarantine`, never silently
+away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import struct
@@ -23,15 +23,12 @@ import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 SEGMENT_BYTES = 4 * 2**20  # a new segment after this: bounds what is read at once
 
 _MARK = b"\xff\xfePR"
 _HEADER = struct.Struct("<4sII")  # mark, length, crc32 of length and payload
 _QUARANTINE = "quarantine"
-
-Record = dict[str, Any]
 
 
 class SpoolFull(RuntimeError):
@@ -42,23 +39,22 @@ class SpoolDown(RuntimeError):
     """The spool cannot be written."""
 
 
-def frame(record: Record) -> bytes:
-    """One record as it lies in a segment."""
-    payload = json.dumps(record, separators=(",", ":")).encode()
-    return _HEADER.pack(_MARK, len(payload), _crc(payload)) + payload
+def frame(record: bytes) -> bytes:
+    """One record, a JSON object, as it lies in a segment."""
+    return _HEADER.pack(_MARK, len(record), _crc(record)) + record
 
 
 def _crc(payload: bytes) -> int:
     return zlib.crc32(payload, len(payload))
 
 
-def read_records(data: bytes) -> tuple[list[Record], list[bytes]]:
+def read_records(data: bytes) -> tuple[list[bytes], list[bytes]]:
     """The whole records in a segment's bytes, in order, and the damaged stretches between or behind them."""
-    records: list[Record] = []
+    records: list[bytes] = []
     damaged: list[bytes] = []
     at = bad_from = 0
     while at < len(data):
-        record, end = _record_at(data, at)
+        record = _record_at(data, at)
         if record is None:
             end = data.find(_MARK, at + 1)
             at = len(data) if end < 0 else end
@@ -66,21 +62,19 @@ def read_records(data: bytes) -> tuple[list[Record], list[bytes]]:
         if bad_from < at:
             damaged.append(data[bad_from:at])
         records.append(record)
-        at = bad_from = end
+        at = bad_from = at + _HEADER.size + len(record)
     if bad_from < len(data):
         damaged.append(data[bad_from:])
     return records, damaged
 
 
-def _record_at(data: bytes, at: int) -> tuple[Record | None, int]:
-    if len(data) - at < _HEADER.size:
-        return None, at
+def _record_at(data: bytes, at: int) -> bytes | None:
+    begin = at + _HEADER.size
+    if len(data) < begin:
+        return None
     mark, length, crc = _HEADER.unpack_from(data, at)
-    payload = data[at + _HEADER.size : at + _HEADER.size + length]
-    if mark != _MARK or len(payload) != length or _crc(payload) != crc:
-        return None, at
-    record = json.loads(payload)
-    return (record if isinstance(record, dict) else None), at + _HEADER.size + length
+    record = data[begin : begin + length]
+    return record if mark == _MARK and len(record) == length and _crc(record) == crc else None
 
 
 class Spool:
@@ -109,8 +103,8 @@ class Spool:
         """What waits for the database, of this process and of others that share the spool."""
         return self._own_bytes + self._other_bytes
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Write a request's records; they are safe from the death of this process when this returns."""
+    def append(self, records: Sequence[bytes]) -> None:
+        """Write a request's records, JSON objects; they are safe from the death of this process when this returns."""
         data = b"".join([frame(record) for record in records])
         with self._lock:
             if self._closed:

@@ -72,7 +72,7 @@ def test_same_values_and_timestamps_as_feast(online: FeastStore, store: OnlineSt
             assert type(value) is type(expected[feature.name][i])
             nulls += value is None
             stamp = expected[f"{feature.name}__ts"][i]
-            at = features.timestamps.get(feature.view)
+            at = features.ages.timestamps.get(feature.view)
             assert (at.timestamp() if at else 0) == stamp
     assert nulls > 100
     assert {type(v) for f in found[:-1] if f for v in f.values.values()} == {int, float, bool, str, type(None)}
@@ -91,7 +91,7 @@ def test_absent_rows_are_nulls_of_their_view_alone(store: OnlineStore) -> None:
     assert no_payments is not None
     assert no_usage is not None
     assert no_payments.values["failed_payments_90d"] is None
-    assert "payments_agg_90d" not in no_payments.timestamps
+    assert "payments_agg_90d" not in no_payments.ages.timestamps
     assert no_usage.values["skips_7d"] is None
     assert no_usage.values["monthly_fee"] is not None
 
@@ -100,8 +100,8 @@ def test_timestamps_are_per_view(store: OnlineStore) -> None:
     (user,) = read(store, OLD)
 
     assert user is not None
-    assert user.timestamps["support_agg_90d"] == AS_OF
-    assert (AS_OF - user.timestamps["usage_agg_30d"]).days == 60
+    assert user.ages.timestamps["support_agg_90d"] == AS_OF
+    assert (AS_OF - user.ages.timestamps["usage_agg_30d"]).days == 60
 
 
 def test_unknown_users_of_an_unfilled_store_are_not_unknown(copy: Path, store: OnlineStore) -> None:
@@ -154,8 +154,8 @@ def test_a_file_put_in_its_place_is_read(copy: Path, store: OnlineStore, tmp_pat
 
     assert before is not None
     assert after is not None
-    assert "support_agg_90d" in before.timestamps
-    assert "support_agg_90d" not in after.timestamps
+    assert "support_agg_90d" in before.ages.timestamps
+    assert "support_agg_90d" not in after.ages.timestamps
 
 
 def test_a_missing_table_is_down(copy: Path, store: OnlineStore) -> None:

@@ -22,13 +22,11 @@ import pandas as pd
 import pytest
 import redis as redis_py
 import uvloop
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bentos.churn import redis_client, redis_store
 from bentos.churn.model import Plan
 from bentos.churn.online import LayoutMismatch, OnlineStore, StoreDown, StoreEmpty, UserFeatures, entity_key, open_store
-from bentos.churn.redis_client import POOL, Address, ReplyError, ReplyParser, command
+from bentos.churn.redis_client import POOL, Address, command
 from bentos.churn.redis_store import RedisStore, decode_instant, field_name, murmur
 from jobs import dataset
 from tests import stores
@@ -202,7 +200,7 @@ def test_same_values_and_timestamps_as_feast(
             seen.add(value)
             nulls += value is None
             stamp = expected[f"{feature.name}__ts"][i]
-            at = features.timestamps.get(feature.view)
+            at = features.ages.timestamps.get(feature.view)
             assert (int(at.timestamp()) if at else 0) == int(stamp), (user, feature.view)
             expired += at == EXPIRED
             fractions += at is not None and at.microsecond == 750_000
@@ -232,8 +230,8 @@ def test_absent_rows_are_nulls_of_their_view_alone(read: Callable[..., Any]) -> 
     no_payments, no_usage, whole = read(NO_PAYMENTS, NO_USAGE, A)
 
     assert no_payments.values["failed_payments_90d"] is None
-    assert "payments_agg_90d" not in no_payments.timestamps
-    assert len(no_payments.timestamps) == 3
+    assert "payments_agg_90d" not in no_payments.ages.timestamps
+    assert len(no_payments.ages.timestamps) == 3
     assert no_usage.values["skips_7d"] is None
     assert None not in whole.values.values()
 
@@ -241,7 +239,7 @@ def test_absent_rows_are_nulls_of_their_view_alone(read: Callable[..., Any]) -> 
 def test_timestamps_are_per_view(filled: Filled, runner: asyncio.Runner, opened: Opener) -> None:
     users = runner.run(opened(filled.server.url).read(filled.users[:100]))
 
-    ages = {tuple(at == EXPIRED for at in user.timestamps.values()) for user in users if user}
+    ages = {tuple(at == EXPIRED for at in user.ages.timestamps.values()) for user in users if user}
     assert len(ages) > 5
 
 
@@ -761,33 +759,6 @@ def test_urls_that_are_none_are_refused_without_their_password(url: str) -> None
 
 
 # --- the protocol --------------------------------------------------------------------------------------------------
-
-BULK = st.none() | st.binary(max_size=20) | st.sampled_from([b"\r\n", b"$1\r\nx\r\n", b"x" * 300, b""])
-REPLIES = st.lists(BULK | st.integers(-9, 2**60) | st.lists(BULK, max_size=6) | st.just("error"), max_size=8)
-
-
-def wire(reply: Any) -> bytes:
-    if reply is None:
-        return b"$-1\r\n"
-    if isinstance(reply, bytes):
-        return b"$%d\r\n%b\r\n" % (len(reply), reply)
-    if isinstance(reply, int):
-        return b":%d\r\n" % reply
-    if isinstance(reply, str):
-        return b"-ERR no\r\n"
-    return b"*%d\r\n" % len(reply) + b"".join(map(wire, reply))
-
-
-@given(REPLIES, st.lists(st.integers(0, 400), max_size=6))
-def test_replies_are_the_same_however_they_are_cut(replies: list[Any], cuts: list[int]) -> None:
-    data = b"".join(map(wire, replies))
-    ends = [*sorted(cuts), len(data)]
-    parser, found, at = ReplyParser(), [], 0
-    for end in ends:
-        found += parser.feed(data[at:end])
-        at = max(at, end)
-
-    assert ["error" if isinstance(reply, ReplyError) else reply for reply in found] == replies
 
 
 def test_commands_on_the_wire() -> None:

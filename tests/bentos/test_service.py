@@ -69,7 +69,7 @@ def test_a_user_is_scored_on_online_features(
     assert datetime.fromisoformat(answer["features_as_of"]) == AS_OF
     assert answer["stale"] is False
     (entry,) = eventually(lambda: logged(settings, prediction_id=answer["prediction_id"]))
-    assert json.loads(entry["features"]) == scorer.plan.complete(row)
+    assert json.loads(entry["features"]) == json.loads(scorer.plan.row(scorer.plan.cells(row)).text)
     assert {**entry, "churn": bool(entry["churn"]), "stale": bool(entry["stale"])}.items() >= answer.items()
     assert entry["source"] == "client"
 

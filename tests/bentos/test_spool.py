@@ -18,7 +18,7 @@ import pytest
 
 from bentos.churn import spool as spool_module
 from bentos.churn.shipper import COLUMNS, Shipper, SqliteLog, open_log
-from bentos.churn.spool import Record, Spool, SpoolDown, SpoolFull, frame, read_records
+from bentos.churn.spool import Spool, SpoolDown, SpoolFull, frame, read_records
 from tests import stores
 from tests.bentos import serving_process
 from tests.bentos.serving_process import eventually
@@ -27,13 +27,14 @@ if TYPE_CHECKING:  # else the processes that these tests kill would import all o
     from tests.bentos.conftest import FeastStore
 
 
-def record(i: int, **changes: Any) -> Record:
-    return {
+def record(i: int, **changes: Any) -> bytes:
+    row = {
         "prediction_id": f"{i:032x}", "request_id": f"r{i}", "user_id": f"u{i}", "source": "client",
         "predicted_at": "2024-03-01T00:00:00.000000+00:00", "bento_tag": "churn:v1-00000000", "model_version": 1,
         "churn_probability": 0.25, "churn": False, "threshold": 0.5, "features_as_of": None, "stale": False,
         "features": '{"a":1}', **changes,
     }  # fmt: skip
+    return json.dumps(row, separators=(",", ":")).encode()
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_a_row_the_database_refuses_is_kept_aside_and_the_others_go_on(root: Pat
     assert logged(database) == ids(*(i for i in range(301) if i != 137))
     assert shipper.quarantined == 1
     (kept,) = quarantined(root)
-    assert json.loads(kept.read_text()) == record(137)
+    assert kept.read_bytes() == record(137)
     assert spool.backlog_bytes == kept.stat().st_size or spool.backlog_bytes == 0
 
 
@@ -319,13 +320,13 @@ class Away:
 
     def __init__(self, times: int) -> None:
         self.times = times
-        self.rows: list[tuple[Any, ...]] = []
+        self.records: list[bytes] = []
 
-    def insert(self, rows: Sequence[tuple[Any, ...]]) -> None:
+    def insert(self, records: Sequence[bytes]) -> None:
         self.times -= 1
         if self.times >= 0:
             raise OSError("connection refused")
-        self.rows += rows
+        self.records += records
 
     def close(self) -> None:
         pass
@@ -340,7 +341,7 @@ def test_an_outage_is_waited_out(root: Path, caplog: pytest.LogCaptureFixture) -
     assert shipper.failing_since is not None
     spool.append([record(2)])
 
-    eventually(lambda: len(database.rows) == 2)
+    eventually(lambda: len(database.records) == 2)
 
     eventually(lambda: shipper.failing_since is None)
     assert shipper.drain(5)

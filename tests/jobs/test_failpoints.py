@@ -18,7 +18,7 @@ def test_off_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_breaks_the_named_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHURN_FAILPOINT", "promote.built=raise")
     failpoint("promote.opened")
-    with pytest.raises(Failpoint, match="promote.built"):
+    with pytest.raises(Failpoint, match=r"promote\.built"):
         failpoint("promote.built")
 
 
@@ -31,5 +31,5 @@ def test_it_may_only_hold_a_step_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_have_to_be_listed() -> None:
-    with pytest.raises(ValueError, match="promote.unheard of is not listed"):
+    with pytest.raises(ValueError, match=r"promote\.unheard of is not listed"):
         failpoint("promote.unheard of")

@@ -91,7 +91,7 @@ def test_the_story_of_a_store(settings: Settings, admin: redis_py.Redis, monkeyp
     features = served(settings, user)
     assert features is not None
     assert features.values["monthly_fee"] == 77.25, "corrected data for the same instant replaces the old"
-    assert set(features.timestamps.values()) == {second}
+    assert set(features.ages.timestamps.values()) == {second}
 
     rows = online_rows(admin)
     assert materialize(settings, as_of=second).result == "materialized"
