@@ -35,6 +35,21 @@ def wrk() -> str | None:
     return shutil.which("wrk")
 
 
+def run_wrk(url: str, users: Path, concurrency: int, seconds: int, host: str = "") -> dict[str, Any]:
+    """What one run of wrk counted: requests, latencies in ms, errors by kind. `users` is a file, an id a line."""
+    program = wrk()
+    assert program is not None
+    command = [program, "--threads", "1", "--connections", str(concurrency), "--duration", f"{seconds}s"]
+    command += ["--timeout", "30s", "--latency", "--script", str(_SCRIPT), url, "--", str(users), host]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"wrk failed: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+    row: dict[str, Any] = json.loads(lines[-1])
+    row["rps"] = row["requests"] / row["seconds"]
+    return row
+
+
 class Process:
     """A service that runs."""
 
@@ -87,23 +102,12 @@ class Process:
 
         `stores` are processes that serve the service: they are neither part of it nor strangers.
         """
-        program = wrk()
-        assert program is not None
         before = self._cpu(stores)
-        command = [program, "--threads", "1", "--connections", str(concurrency), "--duration", f"{seconds}s"]
-        command += ["--timeout", "30s", "--latency", "--script", str(_SCRIPT), f"http://127.0.0.1:{self.port}"]
-        done = subprocess.run(
-            [*command, "--", str(users)], capture_output=True, text=True, timeout=seconds + 60, check=False
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            raise RuntimeError(f"wrk failed: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-        row: dict[str, Any] = json.loads(lines[-1])
+        row = run_wrk(f"http://127.0.0.1:{self.port}", users, concurrency, seconds)
         if not row["requests"]:
             raise RuntimeError(f"no request was answered in {seconds} s; log:\n{self.log.read_text()[-3000:]}")
         time.sleep(SETTLE_SECONDS)
         service, ours, all_of_it, clock = (b - a for a, b in zip(before, self._cpu(stores), strict=True))
-        row["rps"] = row["requests"] / row["seconds"]
         row["cpu_us"] = service / row["requests"] * 1e6
         row["other_cores"] = max(0.0, all_of_it - ours) / clock
         return row

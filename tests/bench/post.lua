@@ -1,11 +1,12 @@
 -- Posts {"user_id": …} for one user after another, and prints what wrk counted as one line of JSON.
--- wrk … -s post.lua http://host:port -- users.txt
+-- wrk … -s post.lua http://host:port -- users.txt [the Host header]
 
 local requests, at = {}, 0
 
 function init(args)
    for user in io.lines(args[1]) do
       local headers = { ["Content-Type"] = "application/json" }
+      if args[2] and args[2] ~= "" then headers["Host"] = args[2] end
       requests[#requests + 1] = wrk.format("POST", "/predict", headers, '{"user_id":"' .. user .. '"}')
    end
    at = math.random(#requests)
