@@ -7,7 +7,7 @@ SEED ?= 0
 CONTEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop serve up down images node-build test test-quick test-cluster bench lint format lock clean
+.PHONY: help setup demo stop serve up down images node-build test test-quick test-load test-cluster test-faults bench audit lint format lock clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,18 +47,28 @@ images: ## Build the three images: churn-jobs, churn-serving, churn-mlflow
 	@images/build
 
 test: setup ## Run all tests that need no cluster, three demos among them (20 minutes on two cores)
-	$(BIN)/pytest -m "not bench and not cluster"
+	$(BIN)/pytest -m "not bench and not load and not cluster"
 
 test-quick: setup ## Run them without the demos
-	$(BIN)/pytest -m "not demo and not bench and not cluster"
+	$(BIN)/pytest -m "not demo and not bench and not load and not cluster"
+
+test-load: setup ## Load the service, kill it under load, and send it what nobody should (needs redis, postgresql)
+	$(BIN)/pytest tests/load
 
 test-cluster: setup ## Run the tests of the chart, and those on a real Kubernetes node that it makes (root on Linux)
 	@$(BIN)/python -m tests.cluster.local node
-	$(BIN)/pytest tests/charts tests/cluster
+	$(BIN)/pytest tests/charts tests/cluster -m "not faults"
+
+test-faults: setup ## Break a release on that node in every way while clients ask; writes tests/cluster/results/faults.json
+	@$(BIN)/python -m tests.cluster.local node
+	$(BIN)/pytest tests/cluster/test_faults.py -s
 
 bench: setup ## Measure what the commands cost, and the service against three other builds (needs wrk, redis, postgresql)
 	@$(BIN)/python -W ignore -m tests.bench.commands
 	@$(BIN)/python -W ignore -m tests.bench.serving
+
+audit: setup ## Look for known vulnerabilities in what is pinned (needs PyPI's advisories)
+	$(BIN)/uv tool run pip-audit --strict --disable-pip --require-hashes -r requirements.txt
 
 lint: setup ## Run ruff and mypy
 	$(BIN)/ruff check .

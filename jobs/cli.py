@@ -461,6 +461,31 @@ def explain(
 
 
 @app.command()
+def verify(
+    tag: Annotated[
+        str, typer.Argument(help="A stored bento, such as churn:v2-0a1b2c3d; `churn status` names the served one.")
+    ],
+    json_: Json = False,
+) -> None:
+    """Recompute what stands behind a bento, from archive to training data. Exit code 1 if anything changed."""
+    with _job(json_) as settings:
+        from jobs.verify import UnknownTag, lines
+        from jobs.verify import verify as run
+
+        try:
+            found = run(settings, tag)
+        except UnknownTag as error:
+            typer.echo(f"churn: {error}", err=True)
+            raise typer.Exit(2) from None
+        if json_:
+            _print(found, True)
+        else:
+            typer.echo("\n".join(lines(found)))
+    if found.result != "ok":
+        raise typer.Exit(1)
+
+
+@app.command()
 def settings(json_: Json = False) -> None:
     """Every setting with its variable, value and meaning."""
     with _job(json_) as found:

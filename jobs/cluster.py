@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.lease import Held
-from jobs.serving import DIRECT, REFUSALS, Pod, Rollout, ServedTagChanged, StaleFence, detail
+from jobs.serving import DIRECT, REFUSALS, WRONG_SETTING, Pod, Rollout, ServedTagChanged, StaleFence, detail
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -339,7 +339,7 @@ def _failure(pods: list[Object], deployment: Object) -> tuple[str | None, bool]:
                 return f"{name} crashes: {_ended(last)}", False
         refusal = _refusal(_pod(item))
         if refusal:
-            return f"{name}: {refusal}", False
+            return f"{name}: {refusal}", WRONG_SETTING in refusal
     for condition in deployment.get("conditions", ()):
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
             return str(condition.get("message", "pods cannot be made")), True
@@ -347,7 +347,7 @@ def _failure(pods: list[Object], deployment: Object) -> tuple[str | None, bool]:
 
 
 def _refusal(pod: Pod) -> str | None:
-    """What a running pod that is not ready says that another start cannot mend: golden rows that differ."""
+    """What a running pod that is not ready says that another start cannot mend: golden rows, a wrong setting."""
     if pod.ready or not pod.address:
         return None
     try:
@@ -356,7 +356,8 @@ def _refusal(pod: Pod) -> str | None:
     except urllib.error.HTTPError as error:
         with contextlib.suppress(OSError, http.client.HTTPException):
             said = detail(error.read(2000))
-            return f"/readyz says {error.code}: {said}" if any(word in said for word in REFUSALS) else None
+            final = any(word in said for word in (*REFUSALS, WRONG_SETTING))
+            return f"/readyz says {error.code}: {said}" if final else None
     except (OSError, http.client.HTTPException):
         pass  # it is starting
     return None

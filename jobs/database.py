@@ -1,4 +1,4 @@
-"""Our own tables: what was predicted, promoted, packaged, scored, found drifting, and wished for.
+"""Our own tables: what was predicted, promoted, registered, packaged, scored, found drifting, and wished for.
 
 SQLAlchemy Core, on SQLite or Postgres. Alembic makes and upgrades the tables; it is imported only when the
 stored revision differs from `REVISION`, because `promote` opens the database every minute.
@@ -27,6 +27,7 @@ import sqlalchemy as sa
 from sqlalchemy import (
     Boolean,
     Column,
+    Date,
     Float,
     ForeignKey,
     Index,
@@ -41,7 +42,7 @@ from sqlalchemy.types import TypeDecorator
 
 from bentos.churn.database import POSTGRES_PARAMETERS, is_sqlite, with_pgoptions
 
-REVISION = "0001"
+REVISION = "0002"
 LOCK_SECONDS = 30  # for another process to finish writing (SQLite) or migrating
 STATEMENT_SECONDS = 300  # Postgres ends a statement of a job after this
 
@@ -137,6 +138,26 @@ bentos = Table(
     Column("sha256", String(64), nullable=False),
     Column("archive", LargeBinary, nullable=False),
     Column("built_at", UTCDateTime, nullable=False),
+    Column("onnx_sha256", String(64)),  # these three are null where a release before 0002 built it
+    Column("model_sha256", String(64)),
+    Column("code_digest", String(64)),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("run_id", String(64), primary_key=True),
+    Column("version", Integer),  # null: not registered yet, or the job was killed before it could note the number
+    Column("model_sha256", String(64), nullable=False),
+    Column("artifacts", Text, nullable=False),  # JSON: path in the run -> sha256
+    Column("data_fingerprint", String(64), nullable=False),
+    Column("settings_fingerprint", String(64), nullable=False),
+    Column("trained_as_of", Date, nullable=False),
+    Column("trained_on", Text, nullable=False),  # days, with commas between; empty: not known
+    Column("threshold", Float, nullable=False),
+    Column("gate", String(8), nullable=False),
+    Column("recorded_by", Text, nullable=False),
+    Column("recorded_at", UTCDateTime, nullable=False),
 )
 
 scores = Table(

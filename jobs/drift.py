@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 LOGGED_WINDOW = timedelta(days=30)
 LOGGED_CAP = 100_000  # newest rows of the prediction log that are read
 
-Outcome = Literal["retrain", "none", "cooldown", "waiting", "pinned"]
+BUDGET_DAYS = timedelta(days=7)
+
+Outcome = Literal["retrain", "none", "cooldown", "waiting", "pinned", "stopped"]
 Score = Callable[["pd.DataFrame"], "np.ndarray"]
 
 
@@ -86,15 +88,20 @@ def decide(
     champion_floor: float = 0.55,
     last_retrain: datetime | None = None,
     cooldown: timedelta = timedelta(days=7),
+    recent: int = 0,
+    budget: int = 2,
+    failed: int = 0,
+    breaker: int = 3,
     wish: Wish | None = None,
     pinned: str | None = None,
     force: bool = False,
 ) -> Decision:
     """Whether to retrain now, from values alone.
 
-    `history` is earlier checks, newest first; `last_retrain` the as_of of the last retraining that trained.
-    First that applies: no cause; a pin; a wish that waits, or can be granted; the cooldown, which `force`
-    ends; retrain. A wish passed the cooldown when it was made, and does not wait for it again.
+    `history` is earlier checks, newest first; `last_retrain` the as_of of the last retraining that trained, `recent`
+    how many did within the last seven days, `failed` how many candidates in a row came to nothing.
+    First that applies: no cause; a pin; a wish that waits, or can be granted; too many that failed, the cooldown and
+    the budget, which `force` ends; retrain. A wish passed those when it was made, and does not wait for them again.
     """
     drifted, looked = _of_last(check, history, n)
     of_last = f"{drifted} of last {looked} snapshot{'s' if looked > 1 else ''}"
@@ -112,9 +119,15 @@ def decide(
         return Decision("pinned", f"only reported, as {pinned}: {cause or (wish.reason if wish else '')}")
     if wish is not None:
         return _grant(wish, as_of, failing)
+    if failed >= breaker and not force:
+        remedy = "look at them, then `churn drift --force`, `churn retrain` or `churn approve N`"
+        return Decision("stopped", f"the last {failed} candidates came to nothing; {remedy}: {cause}")
     if last_retrain is not None and as_of - last_retrain < cooldown and not force:
         when, until = f"{last_retrain:%Y-%m-%d}", f"{last_retrain + cooldown:%Y-%m-%d}"
         return Decision("cooldown", f"retrained as of {when}, not again before {until}: {cause}")
+    if recent >= budget and not force:
+        times = f"{recent} retraining{'s' if recent > 1 else ''}"
+        return Decision("cooldown", f"{times} in the last {BUDGET_DAYS.days} days, retrain_budget is {budget}: {cause}")
     return Decision("retrain", cause)
 
 
@@ -314,6 +327,10 @@ def conclude(
         champion_floor=settings.champion_floor,
         last_retrain=state.last_retrain,
         cooldown=settings.retrain_cooldown,
+        recent=state.recent,
+        budget=settings.retrain_budget,
+        failed=_failed_candidates(registry, measured.inputs.version),
+        breaker=settings.retrain_breaker,
         wish=state.wish,
         pinned=state.pinned,
         force=force,
@@ -627,6 +644,7 @@ class _State:
 
     history: tuple[Check, ...]
     last_retrain: datetime | None
+    recent: int
     wish: Wish | None
     pinned: str | None
     check_id: int | None  # of the same as_of, snapshot and version
@@ -650,12 +668,13 @@ def _read_state(settings: Settings, version: ModelVersion, result: DriftResult) 
     )
     with engine.connect() as connection:
         rows = connection.execute(query).all()
-        last_retrain, wish = _retrains(connection, settings, version, result.as_of)
+        last_retrain, recent, wish = _retrains(connection, settings, version, result.as_of)
     same = next((row for row in rows if row.as_of == result.as_of and row.snapshot == instant(result.snapshot)), None)
     pin = History(engine).pin()
     return _State(
         history=tuple(Check(row.snapshot.date(), row.model_version, row.dataset_drift) for row in rows),
         last_retrain=last_retrain,
+        recent=recent,
         wish=wish,
         pinned=f"{pin.bento_tag} is pinned ({pin.reason})" if pin else None,
         check_id=same.id if same else None,
@@ -663,22 +682,38 @@ def _read_state(settings: Settings, version: ModelVersion, result: DriftResult) 
     )
 
 
+def _failed_candidates(registry: Registry, production: ModelVersion) -> int:
+    """How many of the newest versions in a row, since the one in production, came to nothing."""
+    failed = 0
+    for version in registry.versions():
+        if version.version <= production.version:
+            break
+        if "approved_by" in version.tags:
+            break
+        if version.passed and not {"promotion_failed", "rolled_back"} & version.tags.keys():
+            break
+        failed += 1
+    return failed
+
+
 def _retrains(
     connection: sa.Connection, settings: Settings, version: ModelVersion, as_of: datetime
-) -> tuple[datetime | None, Wish | None]:
-    """The as_of of drift's last retraining that trained, and the wish that is kept, if any."""
+) -> tuple[datetime | None, int, Wish | None]:
+    """The as_of of drift's last retraining that trained, how many did lately, and the wish that is kept, if any."""
     import sqlalchemy as sa
 
     from jobs import dataset
     from jobs.database import retrains
 
     answered = retrains.c.result.in_(("registered", "unchanged"))
-    last = connection.execute(
+    trainings = connection.execute(
         sa.select(retrains.c.as_of)
         .where(answered, retrains.c.wanted_by == "drift", retrains.c.as_of <= as_of)
         .order_by(retrains.c.as_of.desc())
-        .limit(1)
-    ).scalar()
+        .limit(100)
+    ).scalars()
+    when = list(trainings)
+    last, recent = next(iter(when), None), sum(as_of - day < BUDGET_DAYS for day in when)
     granted = sa.select(sa.func.coalesce(sa.func.max(retrains.c.id), 0)).where(answered).scalar_subquery()
     waiting = connection.execute(
         sa.select(retrains)
@@ -690,9 +725,9 @@ def _retrains(
     known = dataset.known_at(settings, trained)
     row = next((row for row in waiting if row.known_at is None or known < row.known_at), None)
     if row is None:
-        return last, None
+        return last, recent, None
     days = dataset.training_days(settings, as_of)
-    return last, Wish(row.as_of, row.reason, row.known_at, bool(days) and days[-1] > trained)
+    return last, recent, Wish(row.as_of, row.reason, row.known_at, bool(days) and days[-1] > trained)
 
 
 def _logged_rows(

@@ -20,6 +20,7 @@ STEPS = (
     "promote.probed",
     "promote.closed",
     "retrain.trained",
+    "retrain.recorded",
     "retrain.registered",
 )
 

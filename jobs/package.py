@@ -1,7 +1,8 @@
 """Bentos of registered versions: built once, from the registry and not from memory, kept in the database.
 
 The tag is known before anything is built: it names serving code, run and model file. An archive in the database
-lets a pod start, move or roll back while the model registry is down.
+lets a pod start, move or roll back while the model registry is down. What the registry holds is compared with what
+`churn retrain` recorded before anything of it is loaded: see `jobs.provenance`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sqlalchemy as sa
 
 from bentos.churn import archive, packaging
 from jobs.database import bentos
-from jobs.registry import ModelRefused, ModelVersion, Registry
+from jobs.provenance import MODEL, checked
+from jobs.registry import ModelRefused, ModelVersion, Registry, load_skops
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -49,21 +51,24 @@ def expected_tag(version: ModelVersion) -> str:
 
 
 def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, version: ModelVersion) -> str:
-    """The tag of the version's bento, built and stored if it was not; raises ModelRefused if it must not be served."""
+    """The tag of the version's bento, built and stored if it was not; raises ModelRefused if it must not be served.
+
+    One that is stored was compared and checked when it was built, and needs nothing of the registry.
+    """
     tag = expected_tag(version)
     if bento_of(engine, tag):
         return tag
+    files = checked(engine, registry, version)
     import pandas as pd
 
     from jobs.retrain import complete
 
     log.info("building %s", tag)
-    model = registry.load_model(version)
-    plan: list[dict[str, Any]] = json.loads(registry.artifact(version.run_id, "features.json").read_text())
-    reference = pd.read_parquet(registry.artifact(version.run_id, "reference.parquet"))
     try:
+        plan: list[dict[str, Any]] = json.loads(files["features.json"].read_text())
+        reference = pd.read_parquet(files["reference.parquet"])
         built = packaging.build(
-            model,
+            load_skops(files[MODEL]),
             version=version.version,
             run_id=version.run_id,
             model_sha256=version.tags["model_sha256"],
@@ -71,7 +76,7 @@ def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, vers
             threshold=float(version.tags["threshold"]),
             features=plan,
             reference=complete(reference, plan),
-            golden=pd.read_parquet(registry.artifact(version.run_id, "golden.parquet")),
+            golden=pd.read_parquet(files["golden.parquet"]),
         )
     except (OSError, subprocess.SubprocessError):
         raise  # a full disk, a build that hangs: not the model's fault
@@ -95,6 +100,9 @@ def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, vers
                 sha256=built.sha256,
                 archive=built.archive,
                 built_at=datetime.now(UTC),
+                onnx_sha256=built.onnx_sha256,
+                model_sha256=version.tags["model_sha256"],
+                code_digest=packaging.code_digest(),
             )
         )
     return tag

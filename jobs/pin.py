@@ -6,11 +6,13 @@ It works from the stored archives, also while the model registry is down.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from jobs import provenance
 from jobs.database import bentos, connect
 from jobs.history import GOOD, History, Pin
 from jobs.lease import lease
@@ -19,6 +21,8 @@ from jobs.promote import Promoter, PromoteResult
 from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry
 from jobs.serving import Serving, serving_of
 from jobs.settings import Settings
+
+log = logging.getLogger(__name__)
 
 LEASE_WAIT = 60.0  # seconds for a promotion under way to yield
 
@@ -78,11 +82,17 @@ def unpin(settings: Settings) -> Pin | None:
 
 
 def approve(settings: Settings, version: int, *, by: str, reason: str) -> None:
-    """Let a version that passed the gate be promoted, also one that was rolled back or failed before."""
+    """Let a version that passed the gate be promoted, also one that was rolled back or failed before.
+
+    One that `churn retrain` did not register is recorded as it is now, so that it may be packaged.
+    """
     registry = Registry(settings)
     found = registry.version(version)
     if found is None:
         raise NothingToDo(f"model {settings.release} has no version {version}")
+    by_whom = f"approve by {by}: {reason}" if reason else f"approve by {by}"
+    if provenance.record_as_it_is(connect(settings.database), registry, found, by=by_whom):
+        log.warning("version %d was not registered by `churn retrain`; it is recorded as it is now", version)
     if not found.passed:
         raise NothingToDo(
             f"the gate refused version {version}: {found.tags.get('gate_reason')}; to serve it all the same, "
@@ -113,6 +123,7 @@ def adopt(settings: Settings, *, by: str, serving: Serving | None = None) -> str
             history.close(
                 open_row, now=datetime.now(UTC), result="interrupted", reason="left open in a restored backup"
             )
+        provenance.record_as_it_is(engine, Registry(settings), found, by=f"adopt by {by}")
         history.adopt(fence=serving.fence(), now=datetime.now(UTC), version=version, tag=tag,
                       reason="adopted after a restore", by=by)  # fmt: skip
         Registry(settings).set_alias(PRODUCTION, version)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from jobs.canary import Canary
 from jobs.database import await_answer, connect
 from jobs.failpoints import failpoint
 from jobs.history import History, Pin, Promotion
@@ -25,6 +26,8 @@ from jobs.lease import Held, lease
 from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, prune_bentos
 from jobs.registry import (
     CANDIDATE,
+    HELD,
+    HELD_AGAINST,
     PREVIOUS,
     PRODUCTION,
     SPENT_TAGS,
@@ -33,6 +36,7 @@ from jobs.registry import (
     Registry,
     RegistryError,
 )
+from jobs.replay import realised_auc, replay
 from jobs.serving import DIRECT, ServedTagChanged, Serving, StaleFence, serving_of
 from jobs.settings import Mode, Settings
 
@@ -167,6 +171,8 @@ def _candidate(world: World) -> Want | Idle:
         return Idle(f"{name} passed the gate; mode {world.mode} promotes nothing")
     if world.mode == "manual" and not first and not approved:
         return Idle(f"{name} passed the gate and waits for `churn approve {candidate.version}`")
+    if not approved and candidate.tags.get(HELD_AGAINST) == champion:
+        return Idle(f"{name} waits for `churn approve {candidate.version}`: {candidate.tags.get(HELD)}")
     if world.retry_at.get(candidate.version, world.now) > world.now:
         return Idle(f"{name} was interrupted; next try at {world.retry_at[candidate.version]:%H:%M:%S}")
     why = f"approved by {candidate.tags['approved_by']}" if approved else candidate.tags.get("gate_reason", "")
@@ -290,11 +296,49 @@ class Promoter:
             log.info("promotion %d was left open (version %s); going on with it", open_row.id, open_row.to_version)
             result = self._carry_out(open_row)
         for _ in range(3):  # a pin set meanwhile, or an alias moved, is obeyed at once
-            want = decide(self.world())
+            world = self.world()
+            want = decide(world)
             if isinstance(want, Idle):
                 return result or PromoteResult("idle", want.reason, self.serving.served_tag())
+            if self._held(world, want):
+                continue
             result = self._carry_out(self._open(want))
         return result or PromoteResult("idle", "nothing to do", self.serving.served_tag())
+
+    def _held(self, world: World, want: Want) -> bool:
+        """Whether the candidate has to wait for a person, because it would decide too much otherwise."""
+        candidate, last = world.candidate, world.last
+        if want.action != "promote" or candidate is None or last is None or last.to_tag is None:
+            return False
+        if "approved_by" in candidate.tags or not self.settings.replay_requests:
+            return False
+        auc = realised_auc(self.engine, last.to_version)
+        if auc is None:
+            auc = self._gate_auc(candidate)
+        if auc is not None and auc < self.settings.champion_floor:
+            log.info("version %d guesses (AUC %.3f): nothing is compared with it", last.to_version, auc)
+            return False
+        try:
+            tag = ensure_bento(self.settings, self.engine, self.registry, candidate)
+        except ModelRefused:
+            return False  # the promotion says it, and marks the version
+        found = replay(self.settings, self.engine, last.to_tag, tag)
+        log.info("version %d beside version %d: %s", candidate.version, last.to_version, found)
+        objections = found.objections(self.settings)
+        if not objections:
+            return False
+        reason = f"{found} ({'; '.join(objections)})"
+        self.registry.set_tags(candidate.version, {HELD: reason[:4900], HELD_AGAINST: str(last.to_version)})
+        self.serving.tell("PromotionHeld", f"version {candidate.version}: {reason}", warning=True)
+        return True
+
+    def _gate_auc(self, candidate: ModelVersion) -> float | None:
+        """The AUC that the gate found for the champion the candidate was judged against last; None if there is none."""
+        told = candidate.tags.get("champion_auc")  # gate.json is of the first judgement, and may be of another champion
+        if told is None:
+            gate = json.loads(self.registry.artifact(candidate.run_id, "gate.json").read_text())
+            told = gate["metrics"].get("champion_auc")
+        return float(told) if told else None
 
     def _open(self, want: Want) -> Promotion:
         if want.action == "pin" and self.history.pin() is None:  # somebody changed the tag itself
@@ -408,6 +452,7 @@ class Promoter:
         patience = (self.settings.promotion_deadline + self.settings.promotion_soak).total_seconds()
         end, best = time.monotonic() + patience, 0  # as long as one pod after the other gets ready it goes on
         seen, next_look, template = "nothing", 0.0, None
+        canary = None if row.action == "pin" else Canary(self.settings, tag)  # who rolls back knows why
         while True:
             rollout = self.serving.rollout()
             template = rollout.template if template is None else template
@@ -420,6 +465,11 @@ class Promoter:
                 raise _WorldFault(f"the Deployment was changed by somebody else meanwhile: {rollout.failure}")
             if rollout.failure:
                 raise (_WorldFault if rollout.worlds_fault else _ModelFault)(rollout.failure)
+            if time.monotonic() > next_look or rollout.settled:
+                if canary is not None and (worse := canary.look(rollout.pods)):
+                    raise _ModelFault(worse)
+                self._obey_pin(row)
+                next_look = time.monotonic() + 1
             if rollout.settled:
                 return
             ready = sum(pod.ready and pod.bento_tag == tag for pod in rollout.pods)
@@ -433,9 +483,6 @@ class Promoter:
                 started = any(p.bento_tag == tag and p.address for p in rollout.pods) or "/readyz" in seen
                 fault = _ModelFault if started else _WorldFault  # one that was never started is not to blame
                 raise fault(f"pods were not ready within {deadline}; last seen: {seen or 'no pods'}")
-            if time.monotonic() > next_look:
-                self._obey_pin(row)
-                next_look = time.monotonic() + 1
             time.sleep(5 * POLL if self.settings.deployment else POLL)
 
     def _probe(self, tag: str) -> None:
@@ -546,11 +593,15 @@ class _Yielded(Exception):
     """A pin set meanwhile has precedence."""
 
 
-def ask(url: str, body: object = None) -> dict[str, Any]:
+def ask(url: str, body: object = None, *, token: str = "") -> dict[str, Any]:
     """What a service answers in JSON; no answer is the world's fault, an error of its own the model's."""
     request = urllib.request.Request(
         url,
-        headers={"Content-Type": "application/json", "X-Churn-Source": "probe"},
+        headers={
+            "Content-Type": "application/json",
+            "X-Churn-Source": "probe",
+            **({"X-Churn-Probe-Token": token} if token else {}),
+        },
         data=None if body is None else json.dumps(body).encode(),
     )
     try:
@@ -558,8 +609,9 @@ def ask(url: str, body: object = None) -> dict[str, Any]:
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as error:
-        fault = _WorldFault if error.code in (408, 429, 502, 503, 504) else _ModelFault
-        raise fault(f"{url} answered {error.code}: {error.read(300).decode('utf-8', 'replace')}") from error
+        fault = _WorldFault if error.code in (401, 408, 429, 502, 503, 504) else _ModelFault
+        hint = "; CHURN_PROBE_TOKEN has to be the service's" if error.code == 401 else ""
+        raise fault(f"{url} answered {error.code}: {error.read(300).decode('utf-8', 'replace')}{hint}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise _WorldFault(f"{url} did not answer: {error}") from error
 
@@ -567,7 +619,8 @@ def ask(url: str, body: object = None) -> dict[str, Any]:
 def ask_golden(settings: Settings, url: str, tag: str) -> tuple[dict[str, Any], float]:
     """What the service answers for a golden row of that bento, and the score that was stored for it."""
     features, score = golden_row(settings, tag)
-    return ask(f"{url}/predict", {"features": features}), score
+    token = settings.probe_token.get_secret_value()
+    return ask(f"{url}/predict", {"features": features}, token=token), score
 
 
 def promote(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRODUCTION, CANDIDATE, PREVIOUS = "production", "candidate", "previous"
+HELD, HELD_AGAINST = "held_by_replay", "held_against"  # what would change too much, beside which version
 SPENT_TAGS = ("promoted_at", "rolled_back", "promotion_failed")  # a version with one is not promoted again unasked
 TIMEOUT = 10  # seconds, for one call
 
@@ -90,6 +91,16 @@ class TrainingRun:
     example: pd.DataFrame  # rows for the signature and the input example
     version_tags: Mapping[str, str]
     run_name: str
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """A training run in MLflow that no version was made of yet."""
+
+    run_id: str
+    source: str
+    model_id: str
+    model_sha256: str  # of the file, read back
 
 
 class Registry:
@@ -254,14 +265,8 @@ class Registry:
             raise RegistryError(f"run {run_id} has no artifact {path}: {error}") from error
 
     def model_file(self, version: ModelVersion) -> Path:
-        """A copy of the version's skops file, taken from the registry; refused unless it is the one registered."""
-        file = self._skops(f"models:/{self.name}/{version.version}")
-        found, recorded = hashlib.sha256(file.read_bytes()).hexdigest(), version.tags.get("model_sha256")
-        if found != recorded:
-            raise ModelRefused(
-                f"version {version.version}: the model's sha256 is {found[:12]}…, registered was {str(recorded)[:12]}…"
-            )
-        return file
+        """A copy of the version's skops file as the registry has it now; whoever loads it compares its checksum."""
+        return self._skops(f"models:/{self.name}/{version.version}")
 
     def _skops(self, uri: str) -> Path:
         _ = self.client
@@ -278,11 +283,26 @@ class Registry:
         return files[0]
 
     def load_model(self, version: ModelVersion) -> Any:
-        """The version's scikit-learn pipeline; a type outside TRUSTED_TYPES is refused, and no pickle is read."""
-        return load_skops(self.model_file(version))
+        """The version's scikit-learn pipeline, if its file is the one its tag names; see `load_skops`."""
+        file = self.model_file(version)
+        found, recorded = hashlib.sha256(file.read_bytes()).hexdigest(), version.tags.get("model_sha256")
+        if found != recorded:
+            raise ModelRefused(
+                f"version {version.version}: the model's sha256 is {found[:12]}…, registered was {str(recorded)[:12]}…"
+            )
+        return load_skops(file)
 
-    def register(self, run: TrainingRun) -> ModelVersion:
-        """Log the run with its model and files, then register it; a run killed before its end registers nothing."""
+    def trained_on(self, run_id: str) -> str:
+        """The snapshots that a training run says it saw, with commas between; empty where it says nothing."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self.client.get_run(run_id).data.params.get("trained_on", ""))
+        except MlflowException as error:
+            raise RegistryError(f"MLflow did not show run {run_id}: {error}") from error
+
+    def log_training(self, run: TrainingRun) -> LoggedRun:
+        """Log the run with its model and files; a run killed before its end is never registered."""
         client = self.client
         import mlflow
         import mlflow.sklearn
@@ -306,11 +326,18 @@ class Registry:
                 pip_requirements=_requirements(),
             )
             sha256 = hashlib.sha256(self._skops(info.model_uri).read_bytes()).hexdigest()
-        tags = {**run.version_tags, "model_sha256": sha256}
+        return LoggedRun(run_id, info.model_uri, info.model_id, sha256)
+
+    def register(self, logged: LoggedRun, tags: Mapping[str, str]) -> ModelVersion:
+        """Make a version of a logged run."""
+        client = self.client
+        tags = {**tags, "model_sha256": logged.model_sha256}
         if not self._exists(client):
             client.create_registered_model(self.name, description="Probability that a user churns within the horizon")
-        created = client.create_model_version(self.name, info.model_uri, run_id, tags=tags, model_id=info.model_id)
-        return ModelVersion(int(created.version), run_id, info.model_uri, tags)
+        created = client.create_model_version(
+            self.name, logged.source, logged.run_id, tags=tags, model_id=logged.model_id
+        )
+        return ModelVersion(int(created.version), logged.run_id, logged.source, tags)
 
     def log_drift(
         self,
@@ -362,9 +389,13 @@ class Registry:
 
 
 def load_skops(path: Path) -> Any:
-    """The object in a skops file, if it needs no type outside TRUSTED_TYPES; raises ModelRefused naming the others."""
+    """The object in a skops file; raises ModelRefused if it is none, or needs a type outside TRUSTED_TYPES."""
+    import zipfile
+
     import skops.io
 
+    if not zipfile.is_zipfile(path):  # a pickle, for one
+        raise ModelRefused(f"{path.name} is no skops file: it begins with {path.read_bytes()[:16]!r}")
     unknown = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED_TYPES))
     if unknown:
         raise ModelRefused(f"{path.name} holds types that were not reviewed: {', '.join(unknown)}")

@@ -23,11 +23,11 @@ import numpy as np
 import pandas as pd
 
 from bentos.churn import packaging
-from jobs import database, dataset, evaluation, gate
+from jobs import database, dataset, evaluation, gate, provenance
 from jobs.candidates import Selection, select
 from jobs.failpoints import failpoint
 from jobs.lease import Held, lease
-from jobs.registry import CANDIDATE, SPENT_TAGS, ModelVersion, Registry, TrainingRun
+from jobs.registry import CANDIDATE, SPENT_TAGS, ModelRefused, ModelVersion, Registry, TrainingRun
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
 
@@ -88,7 +88,7 @@ def retrain(
     labels included.
     """
     if dry_run:
-        return _retrain(settings, as_of=as_of, dry_run=True)
+        return _retrain(settings, None, as_of=as_of)
     try:
         with lease(settings, "retrain"):
             engine = database.connect(settings.database)
@@ -100,7 +100,7 @@ def retrain(
                     table.insert().values(as_of=as_of, wanted_by=wanted_by, reason=reason)
                 ).inserted_primary_key
             try:
-                result = _retrain(settings, as_of=as_of, dry_run=False)
+                result = _retrain(settings, engine, as_of=as_of)
             except Exception as error:
                 _note(engine, row, result="failed", detail=str(error))
                 raise
@@ -123,7 +123,8 @@ def _note(engine: sa.Engine, row: Any, **values: Any) -> None:
         connection.execute(table.update().where(table.c.id == row[0]).values(**values, finished_at=datetime.now(UTC)))
 
 
-def _retrain(settings: Settings, *, as_of: datetime, dry_run: bool) -> RetrainResult:
+def _retrain(settings: Settings, engine: sa.Engine | None, *, as_of: datetime) -> RetrainResult:
+    """The work itself; without an engine a dry run, which writes nothing."""
     snapshots = Snapshots(settings.snapshots)
     snapshots.recover()
     newest = snapshots.newest(as_of)
@@ -141,29 +142,31 @@ def _retrain(settings: Settings, *, as_of: datetime, dry_run: bool) -> RetrainRe
 
     training = dataset.training_set(settings, days)
     fingerprint = training.fingerprint
-    same = _same_version(registry, fingerprint, settings_fingerprint)
+    same = _same_version(registry, engine, fingerprint, settings_fingerprint)
     champion_number = "" if champion is None else str(champion.version)
     if same is not None and same.tags.get("champion") == champion_number:
-        if not dry_run:
-            _name(registry, same)
+        if engine is not None:
+            _name(registry, engine, same)
         reason = f"version {same.version} has the same data and settings"
         return RetrainResult("unchanged", reason, as_of, days, same.version, "passed" if same.passed else "refused")
 
     log.info("training on %s: %d rows", ", ".join(map(str, days)), len(training.features))
     candidate = fit(settings, training, dataset.features(settings))
-    verdict, champion_scores = _judge(settings, registry, candidate, champion)
+    verdict, champion_scores = _judge(settings, registry, engine, candidate, champion)
     status: Literal["passed", "refused"] = "passed" if verdict.passed else "refused"
     log.info("gate=%s: %s", status, verdict.reason)
     metrics = {
         **evaluation.figures(candidate.target, candidate.scores, candidate.selection.threshold),
         **verdict.metrics,
     }
-    if dry_run:
+    if engine is None:
         return RetrainResult("dry_run", verdict.reason, as_of, days, None, status, candidate.selection.name, metrics)
     if same is not None:  # the champion is another than it was judged against: the verdict is renewed, the model is not
         judged = {"gate": status, "gate_reason": verdict.reason[:4900], "champion": champion_number}
+        judged["champion_auc"] = str(verdict.metrics.get("champion_auc", ""))
+        provenance.record_gate(engine, same, status)
         registry.set_tags(same.version, judged)
-        _name(registry, same)
+        _name(registry, engine, same)
         reason = f"version {same.version} has the same data and settings, judged anew: {verdict.reason}"
         return RetrainResult("unchanged", reason, as_of, days, same.version, status, candidate.selection.name, metrics)
     run = _training_run(
@@ -179,24 +182,32 @@ def _retrain(settings: Settings, *, as_of: datetime, dry_run: bool) -> RetrainRe
         settings_fingerprint,
     )
     failpoint("retrain.trained")
-    created = registry.register(run)
+    logged = registry.log_training(run)
+    provenance.record_training(engine, run, logged)
+    failpoint("retrain.recorded")
+    created = registry.register(logged, run.version_tags)
     failpoint("retrain.registered")
+    provenance.record_version(engine, created)
     registry.set_alias(CANDIDATE, created.version)
     return RetrainResult(
         "registered", verdict.reason, as_of, days, created.version, status, candidate.selection.name, metrics
     )
 
 
-def _same_version(registry: Registry, data: str, settings: str) -> ModelVersion | None:
-    """The newest version that was trained on the same data with the same settings."""
+def _same_version(registry: Registry, engine: sa.Engine | None, data: str, settings: str) -> ModelVersion | None:
+    """The newest version that was trained on the same data with the same settings, and is still what it was."""
     for version in registry.versions():
         if (version.tags.get("data_fingerprint"), version.tags.get("settings_fingerprint")) == (data, settings):
-            return version
+            changed = "" if engine is None else provenance.what_changed(engine, registry, version)
+            if not changed:
+                return version
+            log.warning("version %d is trained anew: %s", version.version, changed)
     return None
 
 
-def _name(registry: Registry, version: ModelVersion) -> None:
+def _name(registry: Registry, engine: sa.Engine, version: ModelVersion) -> None:
     """Give the alias `candidate` to a version that was registered by a job killed before it could."""
+    provenance.record_version(engine, version)
     named = registry.aliases().get(CANDIDATE)
     spent = any(tag in version.tags for tag in SPENT_TAGS)
     if not spent and (named is None or named < version.version):
@@ -272,10 +283,16 @@ def fit(settings: Settings, training: TrainingSet, features: Sequence[Feature]) 
 
 
 def _judge(
-    settings: Settings, registry: Registry, candidate: Candidate, champion: ModelVersion | None
+    settings: Settings,
+    registry: Registry,
+    engine: sa.Engine | None,
+    candidate: Candidate,
+    champion: ModelVersion | None,
 ) -> tuple[gate.Verdict, np.ndarray | None]:
     scores = None
     if champion is not None:
+        if engine is not None and (changed := provenance.what_changed(engine, registry, champion)):
+            raise ModelRefused(f"a candidate cannot be compared with the champion: {changed}")
         theirs = (champion.tags.get("holdout_salt"), champion.tags.get("holdout_share"))
         ours = (settings.holdout_salt, str(settings.holdout_share))
         if theirs != ours:

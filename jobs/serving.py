@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # pods and Services are behind no proxy
 
 REFUSALS = ("golden", "sha256", "digest")  # words of /readyz that no other start of a bento will mend
+WRONG_SETTING = "CHURN_"  # in it where the environment is at fault: any bento would say so
 LOCK_FOR = 10.0  # seconds to wait for another writer of desired.json; it holds the lock for milliseconds
 
 

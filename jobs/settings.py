@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Mode = Literal["auto", "manual", "dryRun", "off"]
@@ -126,17 +134,26 @@ class Settings(BaseSettings):
     drift_n: int = Field(1, ge=1, description="snapshots looked back on")
     champion_floor: float = Field(0.55, ge=0, le=1, description="realised AUC below this starts retraining")
     retrain_cooldown: Duration = Field(timedelta(days=7), description="rest between retrainings drift starts")
+    retrain_budget: int = Field(2, ge=1, description="retrainings drift may start in 7 days")
+    retrain_breaker: int = Field(3, ge=1, description="candidates that failed in a row: drift starts no more")
     predictions_kept: Duration = Field(timedelta(0), description="older predictions and scores are deleted; 0d: never")
 
     # --- promotion and serving --------------------------------------------------------------------------
     promotion_mode: Mode = Field("auto", description="auto, manual (waits for approve), dryRun, off")
     promotion_deadline: Duration = Field(timedelta(minutes=3), description="the next new pod must be ready by then")
     promotion_soak: Duration = Field(timedelta(0), description="new pods stay up this long before old ones go")
+    replay_requests: int = Field(1000, ge=0, description="logged requests a candidate answers again; 0: none")
+    replay_max_flipped: float = Field(0.25, ge=0, le=1, description="share of them decided otherwise: waits above")
+    replay_max_shift: float = Field(0.2, ge=0, le=1, description="mean change of probability: waits above")
+    canary_max_failed: float = Field(0.01, ge=0, le=1, description="share new pods may fail above the old ones'")
+    canary_max_slowdown: float = Field(3.0, ge=1, description="times the old pods' p95 that new ones may take")
     rebuild_on_code_change: bool = Field(True, description="new serving code: build the served version anew")
     bentos_kept: int = Field(10, ge=2, description="archives kept beside those in use")
     serve_host: str = Field("127.0.0.1", description="address that `churn serve` listens on")
     serve_port: int = Field(3000, ge=0, le=65535, description="its port; 0 takes a free one")
     serve_as_of: date | None = Field(None, description="the day features' age is judged on; default: today")
+    api_keys_dir: Path | None = Field(None, description="folder of keys for /predict, one a file; none: all may ask")
+    probe_token: SecretStr = Field(SecretStr(""), description="shown by our own requests, instead of a key too")
     score_call_share: float = Field(0.1, gt=0, le=1, description="share of users in the CSV of `score`")
 
     @field_validator("release")
@@ -146,12 +163,35 @@ class Settings(BaseSettings):
             raise ValueError("expected a DNS label such as churn: a-z, 0-9 and -, at most 53 characters")
         return value
 
+    @field_validator("replay_requests")
+    @classmethod
+    def _replay_shows_something(cls, value: int) -> int:
+        if 0 < value < 100:  # see jobs.replay.ENOUGH
+            raise ValueError("expected 0, or 100 and more: of fewer nothing is concluded")
+        return value
+
     @field_validator("home", mode="before")
     @classmethod
     def _home_is_somewhere(cls, value: Any) -> Any:
         if not str(value).strip():  # would be the working directory
             raise ValueError("expected a folder, such as .churn")
         return value
+
+    @field_validator("api_keys_dir", mode="before")
+    @classmethod
+    def _keys_are_somewhere(cls, value: Any) -> Path | None:
+        text = str(value or "").strip()
+        if text and not text.startswith("/"):  # the service works in another folder
+            raise ValueError("expected an absolute path, such as /etc/churn/keys")
+        return Path(text) if text else None
+
+    @field_validator("probe_token")
+    @classmethod
+    def _token_is_one(cls, value: SecretStr) -> SecretStr:
+        text = value.get_secret_value().strip()
+        if text and not re.fullmatch("[!-~]{16,1024}", text):
+            raise ValueError("expected 16 to 1,024 visible ASCII characters")
+        return SecretStr(text)
 
     @field_validator("deployment", "cronjob_prefix")
     @classmethod
@@ -280,6 +320,8 @@ def _explain(error: object) -> str:
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", str(error["input"]))
         default = "none" if name in ("serving_url", "snapshots_source") else "SQLite below CHURN_HOME"
         return f"{variable} is {f'{scheme[0]}://…' if scheme else 'no URL'}; {message}; default: {default}"
+    if name == "probe_token":
+        return f"{variable} is not a usable token; {message}; default: none"
     default = Settings.model_fields[name].default
     shown = json.dumps(default) if isinstance(default, tuple) else repr(default)
     return f"{variable} is {error['input']!r}; {message}; default {shown}"

@@ -19,7 +19,7 @@ from bentos.churn.database import sqlite_path
 from jobs.database import connect, drift_checks, predictions, retrains
 from jobs.history import History, Pin, Promotion
 from jobs.lease import is_held
-from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, Registry
+from jobs.registry import CANDIDATE, HELD, HELD_AGAINST, PREVIOUS, PRODUCTION, Registry
 from jobs.serving import Rollout, Serving, serving_of
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
@@ -72,12 +72,15 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
         retraining = "killed"
         problems.append(f"the last retraining ({training.as_of:%Y-%m-%d}) was killed; `churn retrain` begins anew")
     aliases = aliases or {}
-    candidate = aliases.get(CANDIDATE) if settings.promotion_mode == "manual" and PRODUCTION in aliases else None
+    candidate = aliases.get(CANDIDATE) if PRODUCTION in aliases else None
     waiting = (
         None
         if candidate is None
         else _ask(
-            lambda: _waits_for_approval(settings, candidate), problems, "the candidate", "look into the model registry"
+            lambda: _waits_for_approval(settings, candidate, aliases[PRODUCTION]),
+            problems,
+            "the candidate",
+            "look into the model registry",
         )
     )
     ready = [] if rollout is None else [pod.bento_tag for pod in rollout.pods if pod.ready]
@@ -176,10 +179,14 @@ def _tables(settings: Settings) -> _Tables:
     return _Tables(history.pin(), last, good, history.open_row(), check, training, rows)
 
 
-def _waits_for_approval(settings: Settings, number: int) -> str | None:
-    """In mode manual: that a candidate that passed needs a person's word."""
+def _waits_for_approval(settings: Settings, number: int, production: int) -> str | None:
+    """That a candidate that passed needs a person's word: in mode manual, or for what the replay has shown."""
     version = Registry(settings).version(number)
     if version is None or not version.passed or "approved_by" in version.tags:
+        return None
+    if version.tags.get(HELD_AGAINST) == str(production):
+        return f"version {number} passed the gate and waits for `churn approve {number}`: {version.tags.get(HELD)}"
+    if settings.promotion_mode != "manual":
         return None
     return f"version {number} passed the gate and waits for `churn approve {number}`"
 

@@ -30,6 +30,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from bentos.churn import archive
 from jobs.balancer import Balancer, Target
 from jobs.pod import GRACE, POLL, Command, LocalPod, kill, last_line, marked, plain
@@ -411,6 +413,8 @@ def as_environment(settings: Settings) -> dict[str, str]:
     def text(value: object) -> str:
         if isinstance(value, timedelta):
             return _duration(value)
+        if isinstance(value, SecretStr):
+            return value.get_secret_value()
         return json.dumps(value) if isinstance(value, tuple) else str(value)
 
     values = {f"CHURN_{name.upper()}": text(value) for name, value in settings if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +31,9 @@ class Config:
     stale_after: timedelta = timedelta(days=45)
     serve_as_of: date | None = None  # features' age is judged on the end of this day; default: now
     drain_seconds: float = 5.0  # after SIGTERM: how long the listener stays open
-    max_concurrency: int = 256  # requests under way before more are told to come later
+    max_concurrency: int = 128  # requests under way before more are told to come later
+    api_keys_dir: Path | None = None  # a file for each key of /predict; none: everybody may ask
+    probe_token: str = field(default="", repr=False)  # shown by the jobs' own requests, instead of a key too
 
     @property
     def project(self) -> str:
@@ -55,6 +57,18 @@ def _folder(text: str) -> Path:
     if not text:
         raise ValueError("expected a folder that can be written, such as /var/spool/churn")
     return Path(text)
+
+
+def _keys(text: str) -> Path:
+    if not text.startswith("/"):
+        raise ValueError("expected an absolute path, such as /etc/churn/keys")
+    return Path(text)
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch("[!-~]{16,1024}", text):
+        raise ValueError("expected 16 to 1,024 visible ASCII characters")
+    return text
 
 
 def _release(text: str) -> str:
@@ -106,6 +120,8 @@ _READERS: dict[str, Any] = {
     "serve_as_of": _day,
     "drain_seconds": _seconds,
     "max_concurrency": _whole,
+    "api_keys_dir": _keys,
+    "probe_token": _token,
 }
 _NEEDED = ("database_url", "online_store_url", "spool_dir")
 
@@ -122,7 +138,11 @@ def read_config(environ: Mapping[str, str]) -> Config:
         try:
             values[name] = read(text)
         except ValueError as error:
-            shown = "not a valid URL" if name.endswith("_url") and text else repr(text)  # a URL may hold a password
+            shown = repr(text)
+            if name.endswith("_url") and text:
+                shown = "not a valid URL"  # it may hold a password
+            elif name == "probe_token":
+                shown = "not a usable token"
             wrong.append(f"{variable} is {shown}; {error}")
     if wrong:
         raise ConfigError("\n".join(wrong))

@@ -1,7 +1,7 @@
 """Everything a request must pass before it is read as one: the outermost layer, in front of BentoML's own.
 
-Method, path, content type, sizes and the time a body may take are judged here, a request counts as being
-under way only when all of it has arrived, and whatever comes back has one form: errors are
+Method, path, API key, content type, sizes and the time a body may take are judged here, a request counts as
+being under way only when all of it has arrived, and whatever comes back has one form: errors are
 `{"error", "detail", "request_id"}`, and every answer carries `X-Request-ID`.
 """
 
@@ -12,9 +12,11 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+from bentos.churn.keys import PROBE, Callers
 from bentos.churn.requests import RequestError
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,9 @@ MAX_BODY = 2**20
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 2**10
 BODY_SECONDS = 1.0
+MAX_HELD = 32 * 2**20  # bytes of bodies that come in parts, all together
+ANSWERS_PER_REFUSAL = 2  # under overload, and
+SHED_SECONDS = 1.0  # how long a refusal waits for them at most
 LINGER_SECONDS = 2.0  # how long, and
 LINGER_BYTES = 32 * 2**20  # how much of an unwanted body is read, so that its sender gets to see the answer
 
@@ -48,6 +53,7 @@ class Api(Protocol):
 
     draining: bool
     max_concurrency: int
+    callers: Callers
     pages: dict[str, Callable[[], Answer]]  # what GET answers on the other paths
 
     async def predict(self, body: bytes, request_id: str, source: str) -> Answer:
@@ -73,7 +79,8 @@ class Guard:
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], api: Api) -> None:
         self._app = app
         self._api = api
-        self._under_way = 0
+        self._under_way = self._answered = 0
+        self._refused: deque[asyncio.Future[None]] = deque()  # who will be told 429, oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -118,16 +125,54 @@ class Guard:
             return page()
         if method != "POST":
             raise _method_not_allowed(method, "POST")
+        if self._api.callers.required or wire.source == PROBE:
+            wire.source = self._api.callers.admit(scope["headers"], wire.source)
         if not wire.is_json:
             raise RequestError(415, "unsupported_media_type", "expected Content-Type: application/json")
         body = await wire.body()
-        if self._under_way >= self._api.max_concurrency:
+        if self._is_full():
+            del body  # it is not waited for with a megabyte in hand
+            await self._turn()
             raise RequestError(429, "overloaded", f"{self._under_way} requests are under way; try again in a second")
         self._under_way += 1
         try:
             return await self._api.predict(body, wire.request_id, wire.source)
         finally:
             self._under_way -= 1
+            self._answered += 1
+            if self._answered % ANSWERS_PER_REFUSAL == 0:
+                self._next_turn()
+
+    def _is_full(self) -> bool:
+        """Whether one more would be too many.
+
+        While others wait for their refusal half as many are let in: as many again are then in the sockets,
+        sent and not yet read, and their time counts as well.
+        """
+        limit = self._api.max_concurrency
+        return self._under_way >= (max(1, limit // 2) if self._refused else limit)
+
+    async def _turn(self) -> None:
+        """Return when it is this one's turn to be refused: after two answers to others, or after SHED_SECONDS.
+
+        A refusal takes up to half of an answer's time, and who is refused may ask again at once. Ten refusals for
+        an answer would make the accepted wait five times as long.
+        """
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        timer = loop.call_later(SHED_SECONDS, self._next_turn)  # the oldest's: all wait equally long
+        self._refused.append(turn)
+        try:
+            await turn
+        finally:
+            timer.cancel()
+
+    def _next_turn(self) -> None:
+        while self._refused:
+            turn = self._refused.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
 
 
 class _NotAllowed(RequestError):
@@ -145,6 +190,8 @@ def _method_not_allowed(method: str, allow: str) -> RequestError:
 def _extra(refused: RequestError) -> Headers:
     if isinstance(refused, _NotAllowed):
         return ((b"allow", refused.allow),)
+    if refused.status == 401:
+        return ((b"www-authenticate", b"Bearer"),)
     if refused.status in (429, 503):
         return ((b"retry-after", b"1"),)
     return ()
@@ -152,6 +199,8 @@ def _extra(refused: RequestError) -> Headers:
 
 class _Wire:
     """One request as it arrives: its headers in one pass, its body under limits, and the way back."""
+
+    held: ClassVar[int] = 0  # bytes of all requests' bodies that are not complete
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> None:
         self._receive = receive
@@ -178,7 +227,7 @@ class _Wire:
                 if not self.request_id and 1 <= len(value) <= 128 and _is_visible(value):
                     self.request_id = value.decode()
             elif name == b"x-churn-source" and value == b"probe":
-                self.source = "probe"
+                self.source = PROBE  # until `admit` was asked: anybody can say so
         if not self.request_id:
             self.request_id = os.urandom(16).hex()
 
@@ -188,18 +237,25 @@ class _Wire:
             raise _too_large()
         task = asyncio.current_task()
         timer = asyncio.get_running_loop().call_later(BODY_SECONDS, self._late, task)  # asyncio.timeout costs 5 µs
+        held = 0  # what came in the first part is soon gone, or soon counted
         try:
             parts = [await self._next()]
             size = len(parts[0])
             while self._unread and size <= MAX_BODY:
-                parts.append(await self._next())
-                size += len(parts[-1])
+                part = await self._next()
+                parts.append(part)
+                size += len(part)
+                held += len(part)
+                _Wire.held += len(part)
+                if _Wire.held > MAX_HELD:
+                    raise RequestError(429, "overloaded", "too many large bodies arrive at once; try again in a second")
         except asyncio.CancelledError:
             if not self._stuck or (task and task.uncancel()):  # somebody else wants the request to end
                 raise
             raise RequestError(408, "body_timeout", f"the body did not arrive within {BODY_SECONDS:g} second") from None
         finally:
             timer.cancel()
+            _Wire.held -= held
         if size > MAX_BODY:
             raise _too_large()
         return b"".join(parts)

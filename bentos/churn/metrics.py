@@ -38,7 +38,10 @@ class Histogram:
 
 
 class Pauses:
-    """How often and how long the garbage collector held everything up; one of `gc.callbacks`."""
+    """How often and how long the garbage collector held everything up; one of `gc.callbacks`.
+
+    Seconds of the CPU: on a busy machine the time of others would count as ours.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -47,10 +50,10 @@ class Pauses:
 
     def __call__(self, phase: str, _: dict[str, int]) -> None:
         if phase == "start":
-            self._began = time.perf_counter()
+            self._began = time.thread_time()
             return
         self.count += 1
-        self.longest = max(self.longest, time.perf_counter() - self._began)
+        self.longest = max(self.longest, time.thread_time() - self._began)
 
 
 class Metrics:
@@ -58,6 +61,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: dict[int, int] = {}  # by status
+        self.callers: dict[str, int] = {}  # let in, by the name of their API key; empty where none is asked for
         self.latency = Histogram(_LATENCY)
         self.scores = Histogram(_SCORE)
         self.missing: dict[str, int] = {}  # by feature: a default stood in
@@ -71,7 +75,8 @@ class Metrics:
     def request(self, status: int, seconds: float) -> None:
         """Count an answered /predict."""
         self.requests[status] = self.requests.get(status, 0) + 1
-        self.latency.observe(seconds)
+        if status not in (408, 429):  # how long a sender dawdled, or a refusal was held back, is not our pace
+            self.latency.observe(seconds)
 
     def collect(self) -> Iterator[Any]:
         """Everything as prometheus_client's metric families."""
@@ -83,6 +88,11 @@ class Metrics:
         for status, count in sorted(self.requests.items()):
             requests.add_metric([str(status)], count)
         yield requests
+        if self.callers:
+            by_key = Counter("churn_requests_by_key", "Requests to /predict let in, by the key's name", labels=["key"])
+            for name, count in sorted(self.callers.items()):
+                by_key.add_metric([name], count)
+            yield by_key
         yield _histogram(
             HistogramFamily("churn_request_seconds", "Time to answer /predict, body included"), self.latency
         )
@@ -98,7 +108,7 @@ class Metrics:
         yield info
         yield Gauge("churn_ready", "1 if ready", value=float(self.ready))
         yield Counter("churn_gc_pauses", "Garbage collections since it was ready", value=self.pauses.count)
-        yield Gauge("churn_gc_pause_seconds_max", "The longest of them", value=self.pauses.longest)
+        yield Gauge("churn_gc_pause_seconds_max", "The longest of them, in seconds of CPU", value=self.pauses.longest)
         if self.spool is not None and self.shipper is not None:
             yield Gauge(
                 "churn_log_backlog_bytes", "Predictions waiting for the database", value=self.spool.backlog_bytes

@@ -102,17 +102,22 @@ class Plan:
     def cell(self, feature: Feature, value: Any = _ABSENT) -> Cell:
         """A feature's value, or what stands in for it where it is null or absent."""
         name = feature.name
-        if value is None or (value.__class__ is float and math.isnan(value)):  # a NaN is a null
-            found, value = None, feature.null_category
-        else:
-            found = None if value is _ABSENT else value
-        if value is None or value is _ABSENT:
-            value = feature.default
-        value = None if value is None else self._cast(feature, value)
+        found = None if value is _ABSENT or (value.__class__ is float and math.isnan(value)) else value
+        value = self._value(feature, value)
         if value is None:
             return Cell(name, found, None, math.nan, "")
-        code = self._codes[name][value] if value.__class__ is str else float(value)
-        return Cell(name, found, value, code, self._texts[name] + json.dumps(value))
+        return Cell(name, found, value, self._code(name, value), self._texts[name] + json.dumps(value))
+
+    def _value(self, feature: Feature, value: Any) -> Value | None:
+        """The value as the model sees it; None: there is none, or none that it could take."""
+        if value is None or (value.__class__ is float and math.isnan(value)):  # a NaN is a null
+            value = feature.null_category
+        if value is None or value is _ABSENT:
+            value = feature.default
+        return None if value is None else self._cast(feature, value)
+
+    def _code(self, name: str, value: Value) -> float:
+        return self._codes[name][value] if value.__class__ is str else float(value)
 
     def measurement(self, feature: Feature, value: float) -> Cell:
         """The cell of a finite number in a column of floats: the shortest way."""
@@ -139,7 +144,13 @@ class Plan:
 
     def encode(self, values: Mapping[str, Any]) -> list[float]:
         """The numbers for a row: categories by index, booleans 0 or 1. Raises MissingFeatures or WrongValue."""
-        return self.row(self.cells(values)).codes
+        codes = []
+        for feature in self.features:
+            value = self._value(feature, values.get(feature.name, _ABSENT))
+            if value is None:
+                return self.row(self.cells(values)).codes  # which says what is wrong
+            codes.append(self._code(feature.name, value))
+        return codes
 
     def _cast(self, feature: Feature, value: Any) -> Value | None:
         kind = feature.kind

@@ -9,6 +9,7 @@ from bentos.churn.requests import MAX_USER_ID, MAX_USERS
 
 _ERRORS = {
     400: ("malformed", "Not strict JSON, not one of the three forms, or a value that is not allowed"),
+    401: ("unauthorized", "No API key, or none that is known"),
     404: ("unknown_user", "No features of this user"),
     405: ("method_not_allowed", "Not POST"),
     408: ("body_timeout", "The body took longer than a second"),
@@ -24,8 +25,8 @@ _USER_ID = {
     "type": "string",
     "minLength": 1,
     "maxLength": MAX_USER_ID,
-    "pattern": "^(?!__)",
-    "description": "Printable characters; names that begin with __ are reserved",
+    "pattern": r"^(?!__)[^\u0000-\u001f\u007f-\u009f]+$",
+    "description": "No control characters; names that begin with __ are reserved",
 }
 _PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
 _PREDICTION: dict[str, Any] = {
@@ -44,6 +45,10 @@ _PREDICTION: dict[str, Any] = {
 }
 _MODEL = {"model_version": {"type": "integer"}, "bento_tag": {"type": "string"}}
 _REQUEST_ID = {"request_id": {"type": "string"}}
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 
 
 def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
@@ -64,11 +69,9 @@ def _feature(feature: Feature) -> dict[str, Any]:
         allowed += [word == "true" for word in ("true", "false") if word in allowed]
         schema["enum"] = allowed
     else:
-        schema |= {
-            "type": "integer" if feature.kind == "int" else "number",
-            "minimum": feature.low,
-            "maximum": feature.high,
-        }
+        schema |= {"type": "number", "minimum": feature.low, "maximum": feature.high}
+        if feature.kind == "int":
+            schema["multipleOf"] = 1  # "integer" would be without 3.0, in OpenAPI 3.0
     if feature.null_category is not None or feature.default is not None:
         schema["nullable"] = True
         if "enum" in schema:
@@ -78,8 +81,8 @@ def _feature(feature: Feature) -> dict[str, Any]:
     return schema
 
 
-def describe(scorer: Scorer) -> dict[str, Any]:
-    """The OpenAPI document of the service with this model."""
+def describe(scorer: Scorer, *, keys: bool = False) -> dict[str, Any]:
+    """The OpenAPI document of the service with this model; `keys`: callers must show one."""
     plan = scorer.plan
     features = _object(
         {f.name: _feature(f) for f in plan.features}, [f.name for f in plan.features if f.default is None]
@@ -126,7 +129,7 @@ def describe(scorer: Scorer) -> dict[str, Any]:
             "description": "Churn probabilities of users, by their id or by their features.",
         },
         "paths": {
-            "/predict": {"post": _predict(scorer)},
+            "/predict": {"post": _predict(scorer, keys=keys)},
             "/info": {"get": _get("What is served", "application/json")},
             "/livez": {"get": _get("The process answers", "application/json")},
             "/readyz": {
@@ -141,7 +144,7 @@ def describe(scorer: Scorer) -> dict[str, Any]:
             "/metrics": {"get": _get("Prometheus metrics", "text/plain")},
             "/docs.json": {"get": _get("This document", "application/json")},
         },
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas, **({"securitySchemes": _SECURITY} if keys else {})},
     }
 
 
@@ -162,25 +165,31 @@ def _get(summary: str, kind: str) -> dict[str, Any]:
     return {"summary": summary, "responses": {"200": _response(summary, schema, kind)}}
 
 
-def _predict(scorer: Scorer) -> dict[str, Any]:
+def _predict(scorer: Scorer, *, keys: bool) -> dict[str, Any]:
     forms = ("ByUser", "ByUsers", "ByFeatures")
     answers = {"oneOf": [_ref("Prediction"), _ref("Predictions")]}
     responses: dict[str, Any] = {"200": _response("Scores; each is in the prediction log", answers)}
     for status, (code, meaning) in _ERRORS.items():
+        if status == 401 and not keys:
+            continue
         responses[str(status)] = _response(meaning, _ref("Error"))
         responses[str(status)]["content"]["application/json"]["example"] = {
             "error": code,
             "detail": meaning,
             "request_id": "5f0c",
         }
+    if keys:
+        responses["401"]["headers"]["WWW-Authenticate"] = {"schema": {"type": "string", "enum": ["Bearer"]}}
     return {
+        **({"security": [{name: []} for name in _SECURITY]} if keys else {}),
         "summary": "Churn probability of a user, of up to 1,000 users, or for given features",
         "parameters": [
             {
                 "name": "X-Request-ID",
                 "in": "header",
                 "required": False,
-                "schema": {"type": "string", "minLength": 1, "maxLength": 128, "pattern": "^[!-~]+$"},
+                "description": "1 to 128 visible ASCII characters; with any other one is made",
+                "schema": {"type": "string"},
             }
         ],
         "requestBody": {

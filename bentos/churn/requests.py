@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ MAX_USER_ID = 128
 
 _SHOWN = 60  # characters of a wrong value that are repeated
 _PROBLEMS = 10  # problems that are listed
+# neither Redis nor Postgres can store the last of them; isprintable alone depends on Python's version of Unicode
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class RequestError(ValueError):
@@ -147,11 +150,15 @@ def parse_json(body: bytes) -> Any:
 
 
 def _user_id(value: Any, path: str) -> str:
-    if value.__class__ is not str or not 1 <= len(value) <= MAX_USER_ID or not value.isprintable():
+    if value.__class__ is not str or not 1 <= len(value) <= MAX_USER_ID or not _is_clean(value):
         raise malformed(f"{path}: expected a string of 1 to {MAX_USER_ID} printable characters, found {shown(value)}")
     if value.startswith("__"):
         raise malformed(f"{path}: names beginning with __ are reserved, found {shown(value)}")
     return value
+
+
+def _is_clean(text: str) -> bool:
+    return text.isprintable() or _CONTROL.search(text) is None
 
 
 def _user_ids(value: Any) -> list[str]:

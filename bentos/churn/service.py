@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -35,12 +37,14 @@ from bentoml import server_context
 
 from bentos.churn.config import Config, read_config
 from bentos.churn.guard import Answer, Guard, error
+from bentos.churn.keys import Callers
 from bentos.churn.metrics import Metrics
 from bentos.churn.requests import RequestError
 
 log = logging.getLogger(__name__)
 
 LOG_DRAIN_SECONDS = 10.0
+WORKER_CHECK_SECONDS = 0.5
 _SOURCES = Path(__file__).resolve().parents[2]  # the folder that holds bentos/ and model/
 _PR_SET_PDEATHSIG = 1
 
@@ -51,6 +55,7 @@ class ChurnApi:
     def __init__(self) -> None:
         self.draining = False
         self.max_concurrency = 1
+        self.callers = Callers()
         self.reason = "the model is being loaded"  # why it is not ready; empty: it is
         self.metrics = Metrics()
         self.info: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -105,17 +110,27 @@ class ChurnApi:
             raise ModelError(f"the code has digest {digest}, the bento was built with {scorer.about['code_digest']}")
         scorer.check_golden()
         config = read_config(os.environ)
+        self.callers = Callers(config.api_keys_dir, config.probe_token)
         self._store = open_store(config.online_store_url, config.project, scorer.plan)
         predictions = open_log(config.database_url)
         spool = Spool(config.spool_dir, max_bytes=config.spool_max_bytes, fsync=config.spool_fsync == "batch")
         self._shipper = Shipper(spool, predictions)
         self._shipper.start()
+        self.callers.watch()
         self._predictor = Predictor(config, scorer, self._store, spool, self.metrics)
-        self._openapi = json.dumps(describe(scorer)).encode()
+        self._openapi = json.dumps(describe(scorer, keys=self.callers.required)).encode()
         self.max_concurrency = config.max_concurrency
-        self.metrics.spool, self.metrics.shipper = spool, self._shipper
+        self.metrics.spool, self.metrics.shipper, self.metrics.callers = spool, self._shipper, self.callers.requests
         self.metrics.info = {"bento_tag": scorer.bento_tag, "model_version": str(scorer.model_version)}
         return config
+
+    async def warm_up(self) -> None:
+        """What the first request would pay for: a connection to the online store, wherever it is."""
+        from bentos.churn.online import StoreDown, StoreEmpty
+
+        if self._store is not None:
+            with contextlib.suppress(StoreDown, StoreEmpty):  # look-ups say it when they are asked for
+                await self._store.probe()
 
     async def predict(self, body: bytes, request_id: str, source: str) -> Answer:
         """See guard.Api."""
@@ -160,6 +175,10 @@ class GuardedService(Service):  # type: ignore[misc]
 
     def to_asgi(self, is_main: bool = True) -> Guard:
         """The application that `bentoml serve` runs."""
+        import uvicorn.config
+
+        uvicorn.config.HTTP_PROTOCOLS["auto"] = "bentos.churn.protocol:Protocol"
+        uvicorn.config.WS_PROTOCOLS["auto"] = None
         return Guard(super().to_asgi(is_main), API)
 
 
@@ -185,9 +204,16 @@ class Churn:
         """Look after signals, and keep the garbage collector off what was loaded."""
         if server_context.worker_index is not None:
             _end_with_parent()
+            _allow_connections()
             self._listener = _listener()
+            if self._listener is not None:
+                from bentos.churn import protocol
+
+                self._listener.setblocking(False)
+                protocol.listener = self._listener
         if threading.current_thread() is threading.main_thread():
             _drain_on_sigterm(self._config.drain_seconds if self._config else 0.0)
+        await API.warm_up()
         gc.collect()
         gc.freeze()
         gc.callbacks.append(API.metrics.pauses)
@@ -199,6 +225,19 @@ class Churn:
         if self._listener is not None:
             self._listener.shutdown(socket.SHUT_RDWR)
         await asyncio.get_running_loop().run_in_executor(None, API.close)
+
+
+def _restart_the_worker_soon() -> None:
+    """In the process that starts the worker: let it look every half second whether it still runs, not every ten."""
+    if server_context.worker_index is None and Path(sys.argv[0]).name == "bentoml":
+        from bentoml._internal.utils import circus
+
+        circus.create_standalone_arbiter = functools.partial(
+            circus.create_standalone_arbiter, check_delay=WORKER_CHECK_SECONDS
+        )
+
+
+_restart_the_worker_soon()
 
 
 def _log_as_bentoml_does() -> None:
@@ -213,6 +252,13 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:  # it died before we asked
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _allow_connections() -> None:
+    """As many as the system lets this process have: each holds a file open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _give_back_memory() -> None:

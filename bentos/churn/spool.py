@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import struct
@@ -200,7 +201,8 @@ class Spool:
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{uuid.uuid4().hex}"
         temporary.write_bytes(data)
-        temporary.rename(folder / f"{zlib.crc32(data):08x}.{kind}")  # the same thing twice is one file
+        name = hashlib.sha256(data).hexdigest()[:16]  # the same thing twice is one file
+        temporary.rename(folder / f"{name}.{kind}")
 
     def close(self) -> None:
         """Let go of the folders; empty ones disappear."""

@@ -27,6 +27,20 @@ key: {{ $key }}
 {{- end }}
 {{- end }}
 
+{{/* churn.probeToken: the variable by which the service knows requests of promotion, as a YAML list; empty where no Secret
+     of this release could hold it. Used by serving and the jobs that ask. */}}
+{{- define "churn.probeToken" -}}
+{{- if or .Values.existingSecret .Values.postgres.enabled .Values.valkey.enabled }}
+- name: CHURN_PROBE_TOKEN
+  valueFrom:
+    secretKeyRef:
+      {{- include "churn.secret" (list . "probe-token") | nindent 6 }}
+      {{- if and .Values.existingSecret (not .Values.serving.apiKeys.existingSecret) }}
+      optional: true
+      {{- end }}
+{{- end }}
+{{- end }}
+
 {{/* churn.schema: the PostgreSQL schema of this release, so that two releases on one server do not meet. */}}
 {{- define "churn.schema" -}}
 {{- include "churn.fullname" . | replace "-" "_" -}}

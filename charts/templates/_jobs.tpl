@@ -75,8 +75,9 @@ containers:
       - configMapRef:
           name: {{ include "churn.fullname" $ }}
     {{- $stores := include "churn.secretEnv" (list $ (dict "CHURN_DATABASE_URL" "database-url" "CHURN_FEAST_REGISTRY_URL" "feast-registry-url" "CHURN_ONLINE_STORE_URL" "online-store-url")) | fromYamlArray }}
+    {{- $asks := has .component (list "promote" "bootstrap" "test") | ternary (include "churn.probeToken" $ | fromYamlArray) (list) }}
     env:
-      {{- include "churn.env" (dict "env" (concat $stores (.env | default list)) "extra" $.Values.jobs.extraEnv "at" "jobs.extraEnv") | nindent 6 }}
+      {{- include "churn.env" (dict "env" (concat $stores $asks (.env | default list)) "extra" $.Values.jobs.extraEnv "at" "jobs.extraEnv") | nindent 6 }}
     resources:
       {{- toYaml .job.resources | nindent 6 }}
     {{- include "churn.container" $ | nindent 4 }}
@@ -113,7 +114,7 @@ snapshots: [labelHorizon, maxMissingShare]
 serving: [staleAfter]
 jobs.retrain: [featureTtl, seed, holdoutSalt, holdoutShare, trainingSnapshots, candidates, calibration, threshold, topKShare]
 gate: [promotionDelta, bootstrapSamples, firstAucFloor, minClassRows, sliceFloor, sliceMinPositives]
-jobs.drift: [driftShare, driftThreshold, driftMinRows, driftMinLogged, driftK, driftN, championFloor, retrainCooldown, predictionsKept]
-promotion: [promotionMode, promotionDeadline, promotionSoak, rebuildOnCodeChange, bentosKept]
+jobs.drift: [driftShare, driftThreshold, driftMinRows, driftMinLogged, driftK, driftN, championFloor, retrainCooldown, retrainBudget, retrainBreaker, predictionsKept]
+promotion: [promotionMode, promotionDeadline, promotionSoak, replayRequests, replayMaxFlipped, replayMaxShift, canaryMaxFailed, canaryMaxSlowdown, rebuildOnCodeChange, bentosKept]
 jobs.score: [scoreCallShare]
 {{- end }}

@@ -103,6 +103,11 @@
 {{- $wrong = append $wrong "valkey.enabled is false, and externalRedis.existingSecret names no Secret with the URL of yours. Make one with key online-store-url, and set it." -}}
 {{- end -}}
 
+{{- $asked := $v.serving.apiKeys.existingSecret -}}
+{{- if and $asked (not (or $v.existingSecret $v.postgres.enabled $v.valkey.enabled)) -}}
+{{- $wrong = append $wrong "serving.apiKeys.existingSecret is set, but no Secret holds the token with which promotion asks the service. Make one with key probe-token, 16 random characters or more, and set existingSecret." -}}
+{{- end -}}
+
 {{- $owner := dig "metadata" "annotations" "meta.helm.sh/release-name" "" (lookup "batch/v1" "CronJob" .Release.Namespace (print $v.jobs.namePrefix "promote")) -}}
 {{- if and $owner (ne $owner .Release.Name) -}}
 {{- $wrong = append $wrong (printf "release %s in namespace %s has CronJobs of these names already. Set jobs.namePrefix, such as %s-, or choose another namespace." $owner .Release.Namespace .Release.Name) -}}
@@ -113,6 +118,7 @@
 {{- $keys := list "database-url" "serving-database-url" "feast-registry-url" "online-store-url" -}}
 {{- if $v.mlflow.enabled }}{{ $keys = append $keys "mlflow-backend-url" }}{{ end -}}
 {{- range splitList "," (include "churn.secretKeys" .) }}{{ if . }}{{ $keys = append $keys . }}{{ end }}{{ end -}}
+{{- if and $asked $v.existingSecret }}{{ $keys = append $keys "probe-token" }}{{ end -}}
 {{- $missing := dict -}}
 {{- range uniq $keys -}}
 {{- $ref := include "churn.secret" (list $ .) | fromYaml -}}
@@ -128,6 +134,9 @@
 {{- else -}}
 {{- $wrong = append $wrong (printf "there is no Secret %s in namespace %s, which existingSecret, externalPostgres.existingSecret or externalRedis.existingSecret names. Make it first: kubectl -n %s create secret generic %s --from-literal=…, with keys %s." $secret $.Release.Namespace $.Release.Namespace $secret (join ", " $lacks)) -}}
 {{- end -}}
+{{- end -}}
+{{- if and $asked (not (lookup "v1" "Secret" .Release.Namespace $asked).data) -}}
+{{- $wrong = append $wrong (printf "there is no Secret %s with a key in it in namespace %s, which serving.apiKeys.existingSecret names. Make it first: kubectl -n %s create secret generic %s --from-literal=CALLER=$(openssl rand -hex 32)." $asked .Release.Namespace .Release.Namespace $asked) -}}
 {{- end -}}
 {{- end -}}
 

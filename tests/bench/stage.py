@@ -36,7 +36,13 @@ class Stage:
     bento: Path
     tag: str
     feast: Any  # the SDK's store
-    stores: list[int]  # process ids of Redis and PostgreSQL
+    redis: stores.Server
+    postgres: stores.Server
+
+    @property
+    def stores(self) -> list[int]:
+        """Process ids of Redis and PostgreSQL."""
+        return [server.process.pid for server in (self.redis, self.postgres) if server.process]
 
 
 @contextmanager
@@ -101,7 +107,8 @@ def _fill(folder: Path, redis: stores.Server, postgres: stores.Server, users: in
         bento=bento,
         tag=tag,
         feast=dataset.feature_store(settings),
-        stores=[server.process.pid for server in (redis, postgres) if server.process],
+        redis=redis,
+        postgres=postgres,
     )
 
 

@@ -127,6 +127,15 @@ def test_a_bomb_is_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert everything(tmp_path) <= {"inner"}
 
 
+def test_ten_gigabytes_are_refused_by_their_header(tmp_path: Path) -> None:
+    """With the limits as they are, and nothing written."""
+    data = member("src/big", size=10 * 2**30).tobuf() + tar_of()
+
+    with pytest.raises(ArchiveError, match="more than 2,000 members or 1,073,741,824 bytes"):
+        archive.extract(data, sha256(data), tmp_path / "inner" / "bento")
+    assert everything(tmp_path) <= {"inner"}
+
+
 def store(url: str, built: packaging.Built, **changes: object) -> sa.Engine:
     engine = connect(url)
     row = {"tag": built.tag, "model_version": 1, "run_id": "run-1", "sha256": built.sha256,

@@ -23,7 +23,7 @@ def fits(value: Any, schema: dict[str, Any], document: dict[str, Any]) -> bool:
     """Whether a value is what a schema of this document describes; knows the words the document uses, and no others."""
     assert set(schema) <= {"$ref", "oneOf", "type", "enum", "nullable", "minimum", "maximum", "minLength", "maxLength",
                            "pattern", "format", "items", "minItems", "maxItems", "properties", "required",
-                           "additionalProperties", "description"}, schema  # fmt: skip
+                           "additionalProperties", "description", "multipleOf"}, schema  # fmt: skip
     if "$ref" in schema:
         return fits(value, document["components"]["schemas"][schema["$ref"].rpartition("/")[2]], document)
     if "oneOf" in schema:
@@ -38,6 +38,7 @@ def fits(value: Any, schema: dict[str, Any], document: dict[str, Any]) -> bool:
         return (
             number
             and (kind == "number" or float(value).is_integer())
+            and float(value) % schema.get("multipleOf", value or 1) == 0
             and schema.get("minimum", value) <= value <= schema.get("maximum", value)
         )
     if kind == "string":

@@ -352,6 +352,44 @@ def test_nothing_of_the_refused_is_logged_as_a_mistake(service: Service) -> None
     assert service.is_ready()
 
 
+@pytest.mark.parametrize("way", ["in the body", "in two pieces"])
+def test_no_request_is_hidden_in_another(service: Service, way: str) -> None:
+    """`Upgrade` is taken out of a request's head before it is parsed: that must not move where its body ends."""
+    hidden = b"GET /info HTTP/1.1\r\nHost: x\r\nX-Rest: "
+    if way == "in the body":
+        body = b"\r\nupgrade:" * len(hidden) + hidden
+        pieces = [_head(len(body)) + body]
+    else:
+        head = _head(len(hidden), b"Connection: upgrade\r\nUpgrade: h2c\r\n")
+        cut = head.index(b"Upgrade: h2c") + 3
+        pieces = [head[:cut], head[cut:], hidden]
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        answers = b""
+        with contextlib.suppress(OSError):  # it may close before all is sent
+            for piece in [*pieces, b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"]:
+                connection.sendall(piece)
+                time.sleep(0.1)  # so that it arrives as a piece of its own
+            while received := connection.recv(65536):
+                answers += received
+
+    assert answers[:12] in (b"HTTP/1.1 400", b""), "nothing: the connection was reset before it could be read"
+    assert b"bento_tag" not in answers
+
+
+def _head(length: int, more: bytes = b"") -> bytes:
+    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n" % (
+        more,
+        length,
+    )
+
+
+def test_a_request_that_offers_to_upgrade_is_answered(service: Service) -> None:
+    """As Java's client and `curl --http2` do by default."""
+    offer = {"Content-Type": "application/json", "Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+    assert service.request("POST", "/predict", GOOD, {**offer, "HTTP2-Settings": "AAMAAABk"}).status == 200
+
+
 def test_half_sent_bodies_do_not_hold_up_good_requests(service: Service) -> None:
     slow = post(GOOD)[:-5]
     with contextlib.ExitStack() as stack:

@@ -328,6 +328,19 @@ def test_keys_of_external_stores_are_looked_for(
     assert set(lacking) == {"url", "feast-registry-url", "redis"}
 
 
+@pytest.mark.parametrize("major", HELMS)
+def test_keys_and_the_token_of_probes_are_looked_for(
+    cluster: Cluster, namespace: str, accounts: list[Object], chart: Chart, secret: str, major: int
+) -> None:
+    values = f"serving: {{apiKeys: {{existingSecret: {secret}}}}}"
+    with pytest.raises(Refused, match=f"no Secret {secret} with a key in it in namespace {namespace}, which serving"):
+        install(chart, cluster, namespace, values, major=major)
+    cluster.kubectl("-n", namespace, "create", "secret", "generic", secret, f"--from-literal=shop={'x' * 32}")
+    install(chart, cluster, namespace, values, major=major)
+    with pytest.raises(Refused, match=f"Secret {secret} in namespace {namespace} lacks .*probe-token"):
+        install(chart, cluster, namespace, f"{{existingSecret: {secret}, {values}}}", major=major)
+
+
 def test_a_second_release_in_a_namespace_needs_a_prefix(
     cluster: Cluster, namespace: str, accounts: list[Object], chart: Chart
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -14,13 +15,14 @@ import typer
 from bentos.churn import config, fetch
 from jobs.cli import app
 from jobs.settings import Settings, load_settings
-from tests.charts.rendering import CHART, JOBS, Chart, Object, Pod, environment, of_kind, one, parse, pods
+from tests.charts.rendering import CHART, CI, JOBS, Chart, Object, Pod, environment, of_kind, one, parse, pods
 from tests.conftest import REPOSITORY
 
 SECRETS = {
     "CHURN_DATABASE_URL": "postgresql+psycopg://churn:x@churn-postgres:5432/churn",
     "CHURN_FEAST_REGISTRY_URL": "postgresql+psycopg://feast:x@churn-postgres:5432/feast",
     "CHURN_ONLINE_STORE_URL": "redis://:x@churn-valkey:6379/0",
+    "CHURN_PROBE_TOKEN": "x" * 32,
 }
 VARIABLES = {f"CHURN_{name.upper()}" for name in Settings.model_fields}
 THE_COMMAND_LINE_S = {"CHURN_LOG_LEVEL"}
@@ -179,7 +181,7 @@ def test_every_setting_can_be_given_by_values(chart: Chart) -> None:
         found |= {
             entry["name"] for pod in job_pods(rendered) for container in pod.containers for entry in container["env"]
         }
-    assert VARIABLES - found == {"CHURN_SERVE_HOST", "CHURN_SERVE_PORT", "CHURN_SERVE_AS_OF"}
+    assert VARIABLES - found == {"CHURN_SERVE_HOST", "CHURN_SERVE_PORT", "CHURN_SERVE_AS_OF", "CHURN_API_KEYS_DIR"}
 
 
 def test_defaults_are_those_of_the_settings(
@@ -191,7 +193,7 @@ def test_defaults_are_those_of_the_settings(
     given = settings_of(objects, bootstrap)
     of_the_cluster = {
         "home", "database_url", "mlflow_url", "online_store_url", "feast_registry_url", "deployment", "serving_url",
-        "serving_role",
+        "serving_role", "probe_token",
         "promotion_soak",  # on one machine nobody else's requests would show a fault
     }  # fmt: skip
     differing = {name for name, field in Settings.model_fields.items() if getattr(given, name) != field.default}
@@ -303,6 +305,7 @@ def test_the_feature_store_s_placeholders_are_those_the_jobs_fill_in() -> None:
 SERVING_SECRETS = {
     "CHURN_DATABASE_URL": "postgresql+psycopg://churn_serving:x@churn-postgres:5432/churn",
     "CHURN_ONLINE_STORE_URL": "redis://:x@churn-valkey:6379/0",
+    "CHURN_PROBE_TOKEN": "x" * 32,
 }
 
 
@@ -332,7 +335,71 @@ def test_defaults_are_those_of_the_service(rendered: Callable[[str], list[Object
     fields = config.Config.__dataclass_fields__
     differing = {name for name in fields if getattr(read, name) != fields[name].default}
     # on one machine no ingress controller has to notice that a pod goes
-    assert differing == {"database_url", "online_store_url", "spool_dir", "drain_seconds"}
+    assert differing == {"database_url", "online_store_url", "spool_dir", "drain_seconds", "probe_token"}
+
+
+ASK = {"promote", "bootstrap", "test"}  # the service, for a golden row
+
+
+def probe_tokens(objects: list[Object]) -> dict[str, Object]:
+    """Where each component's containers have the token from; those without are left out."""
+    return {
+        pod.component: entry["valueFrom"]["secretKeyRef"]
+        for pod in pods(objects)
+        for container in pod.containers
+        for entry in container.get("env", ())
+        if entry["name"] == "CHURN_PROBE_TOKEN"
+    }
+
+
+def test_the_token_of_probes_is_given_to_the_service_and_to_those_that_ask_it(objects: list[Object], ci: str) -> None:
+    """From one Secret, or their requests would be refused. Nobody generates one where no Secret is generated."""
+    found = probe_tokens(objects)
+    assert set(found) == (set() if ci == "external-stores" else {"serving", *ASK})
+    wanted: Object = {"name": "churn", "key": "probe-token"}
+    if ci == "existing-secret":
+        wanted = {"name": "churn-credentials", "key": "probe-token", "optional": True}
+    assert all(ref == wanted for ref in found.values())
+
+
+def test_a_generated_token_is_one_that_the_service_takes(rendered: Callable[[str], list[Object]]) -> None:
+    data = one(rendered("default"), "Secret/churn")["data"]
+    token = base64.b64decode(data["probe-token"]).decode()
+    assert (
+        config.read_config({**SERVING_SECRETS, "CHURN_SPOOL_DIR": "/x", "CHURN_PROBE_TOKEN": token}).probe_token
+        == token
+    )
+    assert len(token) == 32
+
+
+def test_with_keys_asked_for_a_secret_of_yours_must_have_the_token(chart: Chart) -> None:
+    """Or promotion could not ask: a pod that does not start says so sooner."""
+    found = probe_tokens(chart.objects("existing-secret", values="serving: {apiKeys: {existingSecret: k}}"))
+    assert set(found) == {"serving", *ASK}
+    assert all("optional" not in ref for ref in found.values())
+
+
+def test_keys_are_mounted_as_a_whole_where_the_service_looks(rendered: Callable[[str], list[Object]]) -> None:
+    """As a folder: the kubelet does not renew single files (subPath), nor variables."""
+    objects = rendered("api-keys")
+    (pod,) = pods([one(objects, "Deployment/churn")])
+    (container,) = pod.spec["containers"]
+    read = config.read_config(environment(objects, pod, container, secrets=SERVING_SECRETS))
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == str(read.api_keys_dir)]
+    assert mount == {"name": "keys", "mountPath": "/etc/churn/keys", "readOnly": True}
+    (volume,) = [volume for volume in pod.spec["volumes"] if volume["name"] == "keys"]
+    assert volume["secret"] == {"secretName": "churn-api-keys"}
+    for other in pods(objects):
+        secret_volumes = [volume for volume in other.spec["volumes"] if "secret" in volume]
+        assert secret_volumes == ([volume] if other.component == "serving" else []), other.owner
+
+
+@pytest.mark.parametrize("ci", [name for name in CI if name != "api-keys"])
+def test_without_a_secret_no_keys_are_asked_for(rendered: Callable[[str], list[Object]], ci: str) -> None:
+    objects = rendered(ci)
+    (pod,) = pods([one(objects, "Deployment/churn")])
+    (container,) = pod.spec["containers"]
+    assert "CHURN_API_KEYS_DIR" not in environment(objects, pod, container, secrets=SERVING_SECRETS)
 
 
 def test_fetch_is_told_the_served_tag_by_the_annotation(objects: list[Object]) -> None:

@@ -21,7 +21,19 @@ from jobs.cli import app
 from tests.charts.rendering import CHART, Chart, find_helm, one, pods
 
 PLUGIN = CHART / "files" / "kubectl-churn"
-COMMANDS = ("status", "history", "approve", "rollback", "pin", "unpin", "adopt", "promote", "check", "settings")
+COMMANDS = (
+    "status",
+    "history",
+    "verify",
+    "approve",
+    "rollback",
+    "pin",
+    "unpin",
+    "adopt",
+    "promote",
+    "check",
+    "settings",
+)
 
 # Stands for kubectl: appends its arguments to a file, and answers as the situation says.
 FAKE = """
@@ -315,6 +327,17 @@ def test_put_sends_a_folder_to_a_job_with_the_data_volume(each_shell: Kubectl, c
         assert [member.name for member in archive if member.isfile()] == ["./2024-02-29/users.csv"]
 
 
+def test_verify_runs_where_the_snapshots_are(kubectl: Kubectl, chart: Chart) -> None:
+    """In a Job from CronJob retrain: training data is a link of the chain."""
+    kubectl.situation["spec"] = one(chart.objects(), "CronJob/retrain")["spec"]["jobTemplate"]["spec"]
+    kubectl.situation["cronjobs"] = ["cronjob.batch/retrain"]
+    assert kubectl.churn("verify", "churn:v2-0a1b2c3d", "--json").returncode == 0
+    assert "app.kubernetes.io/component=retrain" in kubectl.calls[0][kubectl.calls[0].index("-l") + 1]
+    assert kubectl.container["args"] == ["verify", "churn:v2-0a1b2c3d", "--json"]
+    (volume,) = [v for v in kubectl.made["spec"]["template"]["spec"]["volumes"] if v["name"] == "data"]
+    assert "persistentVolumeClaim" in volume
+
+
 def test_no_release_is_told(kubectl: Kubectl) -> None:
     kubectl.situation["cronjobs"] = []
     done = kubectl.churn("status", "-n", "empty")
@@ -400,6 +423,10 @@ def test_notes_name_commands_that_work(chart: Chart, notes: Callable[..., str]) 
         ("snapshots.source=/data/incoming", "Snapshots are taken from /data/incoming"),
         ("promotion.promotionMode=off", "NOTHING IS PROMOTED"),
         ("ingress.host=churn.example.com", "curl http://churn.example.com/predict"),
+        ("serving.apiKeys.existingSecret=keys", "Ask, with one of the keys in Secret keys as KEY:"),
+        ("serving.apiKeys.existingSecret=keys", '/predict -H "Authorization: Bearer $KEY" -H'),
+        ("serving.apiKeys.existingSecret=keys", "It answers for every host: set a host before strangers"),
+        ("ingress.className=x", "set a host, and keys (serving.apiKeys) or authentication in front of it, before"),
         ("existingSecret=mine", "delete pvc/churn-data pvc/churn-mlflow pvc/churn-postgres pvc/churn-valkey\n"),
     ],
 )

@@ -32,7 +32,7 @@ def test_pods_are_what_pod_security_restricted_lets_in(objects: list[Object], ci
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}, pod.owner
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod.spec), pod.owner
         kinds = {kind for volume in pod.spec["volumes"] for kind in volume if kind != "name"}
-        assert kinds <= {"emptyDir", "persistentVolumeClaim", "configMap"}, pod.owner
+        assert kinds <= {"emptyDir", "persistentVolumeClaim", "configMap", "secret"}, pod.owner
         for container in pod.containers:
             where = f"{pod.owner} {container['name']}"
             assert container["securityContext"] == {
@@ -280,6 +280,7 @@ def test_only_predict_is_reached_from_outside(
     [
         ("serving: {drainSeconds: 9}", {"Deployment/churn"}),
         ("serving: {staleAfter: 10d}", {"Deployment/churn", "bootstrap"}),
+        ("serving: {apiKeys: {existingSecret: k}}", {"Deployment/churn"}),
         ("asOf: 2024-03-01", {"Deployment/churn", "bootstrap"}),
         ("gate: {promotionDelta: 0.5}", {"bootstrap"}),
         ("simulate: {users: 4000}", {"bootstrap"}),
@@ -355,7 +356,7 @@ def test_no_password_is_in_a_pod_template_or_a_config_map(objects: list[Object])
         base64.b64decode(value).decode()
         for secret in of_kind(objects, "Secret")
         for key, value in secret["data"].items()
-        if key.endswith("-password")
+        if key.endswith(("-password", "-token"))
     }
     text = str([obj for obj in objects if obj["kind"] != "Secret"])
     assert not [password for password in passwords if password in text]
@@ -363,8 +364,8 @@ def test_no_password_is_in_a_pod_template_or_a_config_map(objects: list[Object])
 
 def test_generated_passwords_differ_and_are_in_their_urls(rendered: Callable[[str], list[Object]]) -> None:
     data = {k: base64.b64decode(v).decode() for k, v in one(rendered("default"), "Secret/churn")["data"].items()}
-    passwords = {key: value for key, value in data.items() if key.endswith("-password")}
-    assert len(set(passwords.values())) == len(passwords) == 6
+    passwords = {key: value for key, value in data.items() if key.endswith(("-password", "-token"))}
+    assert len(set(passwords.values())) == len(passwords) == 7
     assert all(len(value) == 32 and value.isalnum() for value in passwords.values())
     expected = {
         "database-url": f"postgresql+psycopg://churn:{data['churn-password']}@churn-postgres:5432/churn",
@@ -379,7 +380,7 @@ def test_generated_passwords_differ_and_are_in_their_urls(rendered: Callable[[st
 def test_no_component_has_another_s_password(rendered: Callable[[str], list[Object]]) -> None:
     """Serving may read bentos and insert predictions, and is not told how to do more."""
     wanted = {
-        "serving": {"serving-database-url", "online-store-url"},
+        "serving": {"serving-database-url", "online-store-url", "probe-token"},
         "mlflow": {"mlflow-backend-url"},
         "valkey": {"valkey-password"},
         "postgres": {f"{role}-password" for role in ("postgres", "mlflow", "feast", "churn", "serving")},
@@ -391,7 +392,10 @@ def test_no_component_has_another_s_password(rendered: Callable[[str], list[Obje
             for entry in container["env"]
             if "secretKeyRef" in entry.get("valueFrom", {})
         }
-        assert keys == wanted.get(pod.component, {"database-url", "feast-registry-url", "online-store-url"}), pod.owner
+        of_jobs = {"database-url", "feast-registry-url", "online-store-url"}
+        if pod.component in ("promote", "bootstrap", "test"):  # they ask the service
+            of_jobs.add("probe-token")
+        assert keys == wanted.get(pod.component, of_jobs), pod.owner
 
 
 def test_external_stores_leave_nothing_of_ours(rendered: Callable[[str], list[Object]]) -> None:

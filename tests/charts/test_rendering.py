@@ -243,6 +243,7 @@ def test_large_numbers_stay_whole(chart: Chart) -> None:
 
 # What the values files take for granted: made by others, before the release.
 ELSEWHERE = {
+    "api-keys": {"Secret/churn-api-keys"},
     "existing-secret": {"Secret/churn-credentials"},
     "external-stores": {"Secret/churn-postgres-urls", "Secret/churn-redis-url"},
     "openshift": {
@@ -261,6 +262,8 @@ def test_what_pods_refer_to_is_there(objects: list[Object], ci: str) -> None:
         for volume in pod.spec["volumes"]:
             if "configMap" in volume:
                 named.add(f"ConfigMap/{volume['configMap']['name']}")
+            if "secret" in volume:
+                named.add(f"Secret/{volume['secret']['secretName']}")
             if "persistentVolumeClaim" in volume:
                 named.add(f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}")
         for container in pod.containers:

@@ -252,6 +252,13 @@ CONTRADICTIONS: list[Case] = [
     ("externalPostgres: {existingSecret: urls}", "externalPostgres.existingSecret", "Set postgres.enabled to false to use yours"),
     ("valkey: {enabled: false}", "externalRedis.existingSecret", "Make one with key online-store-url"),
     ("externalRedis: {existingSecret: url}", "externalRedis.existingSecret", "Set valkey.enabled to false to use yours"),
+    (
+        "{postgres: {enabled: false}, externalPostgres: {existingSecret: a}, valkey: {enabled: false}, "
+        "externalRedis: {existingSecret: b}, serving: {apiKeys: {existingSecret: c}}}",
+        "serving.apiKeys.existingSecret", "Make one with key probe-token",
+    ),
+    ("serving: {apiKeys: {existingSecret: Keys!}}", "serving.apiKeys.existingSecret", "does not match"),
+    ("serving: {apiKeys: [abc]}", "serving.apiKeys", "got array, want object"),
     ("fullnameOverride: Churn!", "fullnameOverride", "a-z, 0-9 and -"),
     (f"fullnameOverride: {'c' * 41}", "fullnameOverride", "at most 40 characters"),
 ]  # fmt: skip

@@ -54,7 +54,7 @@ def test_help_names_every_command_of_the_design() -> None:
     commands = set(re.findall(r"^  ([a-z]+) ", output, re.MULTILINE))
     assert commands >= {
         "simulate", "ingest", "materialize", "drift", "retrain", "promote", "score", "status", "approve", "rollback",
-        "pin", "unpin", "demo", "serve", "history", "settings",
+        "pin", "unpin", "demo", "serve", "history", "verify", "settings",
     }  # fmt: skip
 
 

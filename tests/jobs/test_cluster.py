@@ -681,6 +681,20 @@ def test_golden_rows_that_differ_are_the_models_fault(
     assert not rollout.worlds_fault
 
 
+def test_a_wrong_setting_is_the_worlds_fault(
+    kubernetes: KubernetesApi, serving: KubernetesServing, readyz: Callable[[int, bytes], None]
+) -> None:
+    """A Secret of API keys that cannot be used: the version that is on its way is not to blame."""
+    kubernetes.put(DEPLOYMENTS, deployment(NEW))
+    kubernetes.put(PODS, pod("new", ip="127.0.0.1"))
+    readyz(503, json.dumps({"detail": "CHURN_API_KEYS_DIR is /etc/churn/keys, which is empty"}).encode())
+
+    rollout = serving.rollout()
+
+    assert rollout.failure == "new: /readyz says 503: CHURN_API_KEYS_DIR is /etc/churn/keys, which is empty"
+    assert rollout.worlds_fault
+
+
 @pytest.mark.parametrize(
     ("status", "body"),
     [(200, b"{}"), (503, b'{"detail": "the process is about to stop"}'), (503, b"\xff"), (0, b"golden\r\n\r\n")],

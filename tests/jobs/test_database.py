@@ -158,6 +158,37 @@ def test_tables_go_and_come_back(url: str) -> None:
     assert tables(url) == TABLES
 
 
+def test_bentos_of_an_older_release_stay(url: str) -> None:
+    """What 0002 adds is null for them, and going back to 0001 keeps them as they were."""
+    upgrade(url, "0001")
+    old = {
+        "tag": "churn:v1-aaaaaaaa",
+        "model_version": 1,
+        "run_id": "r",
+        "sha256": "0" * 64,
+        "archive": bytes(range(256)),
+    }
+    with database._engine(url).begin() as connection:
+        names = ", ".join([*old, "built_at"])
+        values = ", ".join(f":{name}" for name in old)
+        connection.execute(sa.text(f"INSERT INTO bentos ({names}) VALUES ({values}, '{NOW.isoformat()}')"), old)
+
+    with connect(url).connect() as connection:
+        found = connection.execute(sa.select(database.bentos)).mappings().one()
+    assert {name: found[name] for name in old} == old
+    assert (found["onnx_sha256"], found["model_sha256"], found["code_digest"]) == (None, None, None)
+
+    downgrade(url, "0001")
+
+    assert tables(url) == [name for name in TABLES if name != "models"]
+    with database._engine(url).connect() as connection:
+        row = connection.execute(sa.text("SELECT * FROM bentos")).mappings().one()
+    assert {name: row[name] for name in old} == old
+    assert set(row) == {*old, "built_at"}
+    connect(url)
+    assert tables(url) == TABLES
+
+
 def test_a_migration_that_fails_leaves_nothing_behind(url: str) -> None:
     """`scores` is made last but one: it is in the way, until somebody renames it."""
     engine = database._engine(url)
@@ -495,6 +526,11 @@ def test_rows_of_every_table_come_back(shared: sa.Engine) -> None:
         "reason": "r" * 5000, "run_id": None, "checked_at": NOW,
     }  # fmt: skip
     retrain = {"as_of": NOW, "wanted_by": "drift", "reason": "", "result": "waiting_for_labels", "known_at": NOW}
+    model = {
+        "run_id": "r", "version": None, "model_sha256": "a" * 64, "artifacts": "{}", "data_fingerprint": "b" * 64,
+        "settings_fingerprint": "c" * 64, "trained_as_of": NOW.date(), "trained_on": "2024-03-01",
+        "threshold": 0.1 + 0.2, "gate": "passed", "recorded_by": "retrain", "recorded_at": NOW,
+    }  # fmt: skip
     with shared.begin() as connection:
         key = connection.execute(database.drift_checks.insert().values(**check)).inserted_primary_key
         assert key is not None
@@ -502,5 +538,7 @@ def test_rows_of_every_table_come_back(shared: sa.Engine) -> None:
         found = connection.execute(sa.select(database.drift_checks)).mappings().one()
         assert {name: found[name] for name in check} == check
         assert found["dataset_drift"] is True
+        connection.execute(database.models.insert().values(**model))
+        assert dict(connection.execute(sa.select(database.models)).mappings().one()) == model
     with shared.connect() as connection, pytest.raises(sa.exc.IntegrityError):
         connection.execute(database.retrains.insert().values(**retrain, drift_check=12345))

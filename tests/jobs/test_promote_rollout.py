@@ -196,7 +196,8 @@ def test_archives_that_a_replicaset_names_are_kept(promotable: Copy, serving: Sc
     with engine.begin() as connection:
         for number in range(3):  # older than the two in use
             connection.exec_driver_sql(
-                "INSERT INTO bentos SELECT ?, model_version, run_id, sha256, archive, ? FROM bentos WHERE tag = ?",
+                "INSERT INTO bentos (tag, model_version, run_id, sha256, archive, built_at) "
+                "SELECT ?, model_version, run_id, sha256, archive, ? FROM bentos WHERE tag = ?",
                 (f"churn:v0-{number}", f"2020-01-0{number + 1}T00:00:00.000000+00:00", trained.first_tag),
             )
     serving.in_use = {"churn:v0-0"}

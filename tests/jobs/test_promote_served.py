@@ -13,7 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -69,6 +69,26 @@ def slow(data: bytes) -> bytes:
     return data + b"\nimport time; time.sleep(60)\n"
 
 
+def misbehaving(statement: str) -> Callable[[bytes], bytes]:
+    """Code that is no part of what the bento's digest covers, and does something at each /predict with a body."""
+    code = f"""
+import asyncio
+from bentos.churn import guard
+_predict_answer = guard.Guard._answer
+async def _answer(self, scope, wire):
+    if scope["path"] == "/predict" and wire.source != "probe":
+        {statement}
+    return await _predict_answer(self, scope, wire)
+guard.Guard._answer = _answer
+"""
+    return lambda data: data + code.encode()
+
+
+WORSE = {
+    "new pods failed": misbehaving("raise RuntimeError('a fault that no golden row shows')"),
+    "new pods answer 95 %": misbehaving("await asyncio.sleep(0.3)"),
+}
+
 BREAKS = {
     "golden rows differ": ("src/model/golden.json", wrong_golden),
     "crash": ("src/bentos/churn/service.py", crash),
@@ -121,6 +141,26 @@ def test_bad_bento_is_put_back_and_marked(promotable: Copy, trained: Trained, re
         assert reason in last["reason"]
         again = promote(settings)
         assert again.result == "idle", "it is not tried again"
+
+
+@pytest.mark.parametrize("reason", WORSE)
+def test_pods_that_do_worse_while_they_soak_go(promotable: Copy, trained: Trained, reason: str) -> None:
+    """Golden rows are right, clients are not served as before: old pods are all still there, and stay."""
+    settings = promotable(promotion_soak="60s")
+    rewrite(settings, trained.second_tag, "src/bentos/__init__.py", WORSE[reason])
+    with served(settings) as client, ExitStack() as others:
+        for _ in range(5):
+            others.enter_context(Client(client.url, client.users))
+        with pytest.raises(PromotionFailed, match=reason):
+            promote(settings)
+        assert LocalServing(settings).served_tag() == trained.first_tag
+        assert Registry(settings).aliases()[PRODUCTION] == 1
+        until(lambda: LocalServing(settings).rollout().settled, lambda: LocalServing(settings).rollout())
+        assert {pod.bento_tag for pod in LocalServing(settings).rollout().pods} == {trained.first_tag}
+        failed, count = len(client.failures), client.answers[1]
+        until(lambda: client.answers[1] > count + 20, lambda: client)
+        assert len(client.failures) == failed, "none fails when it has gone"
+        assert reason in Registry(settings).version(2).tags["promotion_failed"]  # type: ignore[union-attr]
 
 
 def test_first_model_that_cannot_serve_leaves_nothing(promotable: Copy, trained: Trained) -> None:

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from jobs import dataset
 from jobs.database import connect, retrains
 from jobs.lease import lease
+from jobs.provenance import record_of
 from jobs.registry import CANDIDATE, PRODUCTION, Registry
 from jobs.retrain import fill, retrain
 from jobs.settings import Settings
@@ -166,7 +167,7 @@ def test_another_champion_renews_the_verdict_and_registers_nothing(promotable: C
     assert len(registry.versions()) == 2
 
 
-@pytest.mark.parametrize("step", ["retrain.trained", "retrain.registered"])
+@pytest.mark.parametrize("step", ["retrain.trained", "retrain.recorded", "retrain.registered"])
 def test_killed_retraining_leaves_nothing_half_done(home: Path, step: str) -> None:
     """No version without its tags; the next run registers, or names what was registered."""
     settings = settings_for(home)
@@ -177,11 +178,16 @@ def test_killed_retraining_leaves_nothing_half_done(home: Path, step: str) -> No
     )  # fmt: skip
     assert killed.returncode == 137, killed.stderr
     again = retrain(settings, as_of=FIRST_KNOWN)
-    assert again.result == ("registered" if step == "retrain.trained" else "unchanged")
+    assert again.result == ("unchanged" if step == "retrain.registered" else "registered")
     registry = Registry(settings)
     assert registry.aliases() == {CANDIDATE: 1}
     assert len(registry.versions()) == 1
-    assert {"gate", "trained_as_of", "threshold", "model_sha256"} <= set(registry.version(1).tags)  # type: ignore[union-attr]
+    version = registry.version(1)
+    assert version is not None
+    assert {"gate", "trained_as_of", "threshold", "model_sha256"} <= set(version.tags)
+    record = record_of(connect(settings.database), version.run_id)
+    assert record is not None
+    assert (record.version, record.model_sha256) == (1, version.tags["model_sha256"])
 
 
 def test_registry_reads_agree_with_mlflows_client(promotable: Copy) -> None:
