@@ -232,9 +232,6 @@ def run(size: Size, say: Any = lambda text: None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="churn-bench-") as folder, ExitStack() as held:
         say("starting the stores, filling them, training and packaging a forest")
         scene = held.enter_context(stage(Path(folder), users=size.users, trees=size.trees))
-        assert scene.postgres.process is not None
-        # the database is another machine's business: here it gets of the CPU what requests leave
-        os.sched_setscheduler(scene.postgres.process.pid, os.SCHED_IDLE, os.sched_param(0))
         rows = measure(scene, size, say)
         say("scoring alone")
         score = parts.scoring(scene, calls=size.calls, rows=size.rows)

@@ -34,6 +34,11 @@ class Reply(NamedTuple):
     score: float
     error: str = ""
 
+    @property
+    def at(self) -> datetime:
+        """When it was sent, by the clock that logs and promotions go by."""
+        return datetime.fromtimestamp(time.time() - time.monotonic() + self.sent_at, UTC)
+
 
 @dataclass(frozen=True)
 class Address:
@@ -48,13 +53,19 @@ class Address:
     def ask(
         self, user: str, request_id: str, connection: http.client.HTTPConnection | None = None
     ) -> tuple[int, dict[str, Any]]:
-        """Status and body of one /predict; without a connection on a new one."""
+        """Status and body of one /predict about a user; without a connection on a new one."""
+        return self.post({"user_id": user}, request_id, connection)
+
+    def post(
+        self, question: object, request_id: str, connection: http.client.HTTPConnection | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """The same with a body of one's own."""
         ours = connection or self.connection()
         headers = {"Host": self.host, "Content-Type": "application/json", "X-Request-ID": request_id}
         if connection is None:
             headers["Connection"] = "close"
         try:
-            ours.request("POST", "/predict", json.dumps({"user_id": user}), headers)
+            ours.request("POST", "/predict", json.dumps(question), headers)
             answer = ours.getresponse()
             data = answer.read()
         finally:
@@ -70,13 +81,16 @@ class Address:
 class Clients:
     """Threads that ask from entering the block to leaving it; every other one keeps its connection.
 
+    `again`: what failed is asked once more after so many seconds, under an id of its own, and only that counts.
+
     with Clients(address, users) as clients:
         ...
     clients.check_none_failed()
     """
 
-    def __init__(self, address: Address, users: Sequence[str], *, count: int = 3) -> None:
+    def __init__(self, address: Address, users: Sequence[str], *, count: int = 3, again: float | None = None) -> None:
         assert users, "clients need somebody to ask about"
+        self.again, self.repeated = again, 0
         self.address, self.users = address, list(users)
         self.run = f"clients-{secrets.token_hex(4)}"
         self.replies: list[Reply] = []
@@ -102,22 +116,29 @@ class Clients:
         for count in itertools.count():
             if self._stop.wait(PAUSE):
                 break
-            request_id = f"{self.run}-{number}-{count}"
             user = self.users[(number * 97 + count) % len(self.users)]
-            began, status, body, error = time.monotonic(), 0, dict[str, Any](), ""
-            try:
-                status, body = self.address.ask(user, request_id, kept)
-            except (OSError, http.client.HTTPException) as problem:
-                error = f"{type(problem).__name__}: {problem}"
-                if kept is not None:
-                    kept.close()
-            if status != 200:
-                error = error or json.dumps(body)[:300]
-            tag, version = str(body.get("bento_tag", "")), int(body.get("model_version", 0))
-            score, took = float(body.get("churn_probability", "nan")), time.monotonic() - began
-            self.replies.append(Reply(request_id, began, took, status, tag, version, score, error))
+            reply = self._reply(user, f"{self.run}-{number}-{count}", kept)
+            if reply.status != 200 and self.again is not None:
+                self.repeated += 1
+                self._stop.wait(self.again)
+                reply = self._reply(user, f"{reply.request_id}-again", kept)
+            self.replies.append(reply)
         if kept is not None:
             kept.close()
+
+    def _reply(self, user: str, request_id: str, kept: http.client.HTTPConnection | None) -> Reply:
+        began, status, body, error = time.monotonic(), 0, dict[str, Any](), ""
+        try:
+            status, body = self.address.ask(user, request_id, kept)
+        except (OSError, http.client.HTTPException) as problem:
+            error = f"{type(problem).__name__}: {problem}"
+            if kept is not None:
+                kept.close()
+        if status != 200:
+            error = error or json.dumps({key: value for key, value in body.items() if key != "request_id"})[:300]
+        tag, version = str(body.get("bento_tag", "")), int(body.get("model_version", 0))
+        score, took = float(body.get("churn_probability", "nan")), time.monotonic() - began
+        return Reply(request_id, began, took, status, tag, version, score, error)
 
     @property
     def answered(self) -> list[Reply]:
@@ -165,7 +186,7 @@ class Clients:
 
 def clock(reply: Reply) -> str:
     """When it was sent, as logs and events have it."""
-    return f"{datetime.fromtimestamp(time.time() - time.monotonic() + reply.sent_at, UTC):%H:%M:%S}"
+    return f"{reply.at:%H:%M:%S}"
 
 
 def in_order(found: Iterable[Any]) -> list[Any]:

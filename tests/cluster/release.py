@@ -319,9 +319,9 @@ class Release:
             self.known_users = [row["user_id"] for row in found]
         return self.known_users
 
-    def clients(self, count: int = 3) -> Clients:
+    def clients(self, count: int = 3, again: float | None = None) -> Clients:
         """Clients of this release; use them in a `with`."""
-        return Clients(self.address, self.users(), count=count)
+        return Clients(self.address, self.users(), count=count, again=again)
 
     def check_logged_once(self, clients: Clients) -> None:
         """Every answer is in table `predictions` exactly once; a pod that goes may still be copying its last."""
@@ -349,16 +349,17 @@ class Release:
 
     def rows(self, query: str) -> list[dict[str, Any]]:
         """Rows of a query in this release's schema."""
-        namespace, pod = self.postgres
-        schema = self.name.replace("-", "_")
-        wrapped = f"SELECT coalesce(json_agg(t), '[]') FROM ({query}) t;"
-        psql = ["psql", "-U", "postgres", "-d", "churn", "-At", "-v", "ON_ERROR_STOP=1"]
-        command = ["env", f"PGOPTIONS=-c search_path={schema}", *psql]
-        printed = self.cluster.kubectl(
-            f"--namespace={namespace}", "exec", "--stdin", pod, "--", *command, stdin=wrapped
-        )
+        printed = self.sql(f"SELECT coalesce(json_agg(t), '[]') FROM ({query}) t;")
         found: list[dict[str, Any]] = json.loads(printed)
         return found
+
+    def sql(self, statement: str, database: str = "churn") -> str:
+        """What psql prints of a statement in this release's schema."""
+        namespace, pod = self.postgres
+        schema = self.name.replace("-", "_")
+        psql = ["psql", "-U", "postgres", "-d", database, "-At", "-v", "ON_ERROR_STOP=1"]
+        command = ["env", f"PGOPTIONS=-c search_path={schema}", *psql]
+        return self.cluster.kubectl(f"--namespace={namespace}", "exec", "--stdin", pod, "--", *command, stdin=statement)
 
     def promotions(self) -> list[dict[str, Any]]:
         """The record of promotions, oldest first."""

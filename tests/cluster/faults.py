@@ -1,0 +1,427 @@
+"""What a fault costs the clients of a release, ways to break one, and a check that its records add up afterwards.
+
+    with fault(release, "15 Valkey killed", refused="store_down") as happened:
+        ...break something...
+        happened.mended()  # where somebody has to; its time until normal is counted from here
+        happened.normal(version, within=BUDGET)
+
+Clients ask throughout. At the end their answers, table `promotions` and table `predictions` have to tell the same
+story (`History`), and a line {fault, sent, failed, unlogged, seconds_to_normal} is in results/faults.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import tarfile
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from bentos.churn import archive
+from bentos.churn.model import Scorer
+from tests.cluster.clients import Clients, Reply
+from tests.cluster.commands import Cluster, NotYet, wait_until
+from tests.cluster.release import TAG, Release
+
+RESULTS = Path(__file__).parent / "results" / "faults.json"
+GOOD = ("promoted", "rolled_back")  # results after which `to_tag` serves
+LEAVING = timedelta(seconds=15)  # a pod that was told to go still answers: drainSeconds, and what is under way
+TOLERANCE = 1e-6
+CLOCK = """
+import datetime, sys
+import jobs.cli, jobs.cluster, jobs.pin, jobs.promote
+
+class Off(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime.now(tz) + datetime.timedelta(hours={hours})
+
+for name, module in list(sys.modules.items()):
+    if name.startswith("jobs.") and getattr(module, "datetime", None) is datetime.datetime:
+        module.datetime = Off
+jobs.cli.app()
+"""  # what `churn` does, by another clock; the kernel's is everybody's
+SAMPLE = 25  # scores of each tag that are computed again
+IN_A_ROW = 20  # answers after which clients are served as before
+
+Row = dict[str, Any]
+Score = Callable[[Mapping[str, Any]], float]
+
+
+# ---- what it cost ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table: a fault, what clients noticed of it, and when all was as before."""
+
+    fault: str
+    sent: int
+    failed: int
+    unlogged: int  # answered, but not in table `predictions`
+    seconds_to_normal: float
+
+
+def record(result: Result, file: Path = RESULTS) -> None:
+    """Write a result beside those of other faults, in place of an older one of the same."""
+    found = json.loads(file.read_text()) if file.exists() else []
+    kept = [row for row in found if row["fault"] != result.fault]
+    rows = sorted([*kept, asdict(result)], key=lambda row: (int(row["fault"].split()[0]), row["fault"]))
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@dataclass
+class Fault:
+    """One that happens now."""
+
+    release: Release
+    clients: Clients
+    since: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+
+    def mended(self, at: datetime | None = None) -> None:
+        """What was broken works again, from this moment on, or from then."""
+        ago = datetime.now(UTC) - at if at else timedelta(0)
+        self.since = time.monotonic() - ago.total_seconds()
+
+    def normal(self, version: int, *, within: float) -> float:
+        """Seconds until that version serves on every pod and by the record, and clients are answered in a row."""
+
+        def left() -> float:
+            return max(self.since + within - time.monotonic(), 1)
+
+        def agreed() -> bool:
+            try:
+                open_rows = [row["id"] for row in self.release.promotions() if row["closed_at"] is None]
+                production, served = self.release.aliases().get("production"), self.release.served_version()
+            except AssertionError as error:  # what was just started does not answer yet
+                raise NotYet(str(error)) from None
+            if open_rows or production != version or served != version:
+                raise NotYet(f"promotions {open_rows} are open, production is {production}, {served} is served")
+            return True
+
+        wait_until(f"version {version} is served by record and alias", agreed, within=left())
+        self.release.wait_rolled_out(within=left())
+        seen = len(self.clients.replies)
+
+        def answered() -> bool:
+            new = list(self.clients.replies)[seen:]
+            return len(new) >= IN_A_ROW and all(reply.model_version == version for reply in new[-IN_A_ROW:])
+
+        wait_until(f"{IN_A_ROW} answers in a row", answered, within=left(), every=0.1)
+        self.seconds = time.monotonic() - self.since
+        assert self.seconds <= within, f"normal after {self.seconds:.1f} s, at most {within:.0f} are allowed"
+        return self.seconds
+
+    def logged(self, *, within: float) -> float:
+        """Seconds until all that was answered so far is in table `predictions`."""
+        answered = self.clients.answered
+        query = f"SELECT request_id FROM predictions WHERE request_id LIKE '{self.clients.run}-%'"
+
+        def all_there() -> bool:
+            try:
+                found = {row["request_id"] for row in self.release.rows(query)}
+            except AssertionError as error:
+                raise NotYet(str(error)) from None
+            missing = sum(reply.request_id not in found for reply in answered)
+            if missing:
+                raise NotYet(f"{missing} of {len(answered)} are not")
+            return True
+
+        wait_until("the backlog is empty", all_there, within=max(self.since + within - time.monotonic(), 1))
+        return time.monotonic() - self.since
+
+
+@contextmanager
+def fault(
+    release: Release, name: str, *, refused: str = "", again: float | None = None, count: int = 3
+) -> Iterator[Fault]:
+    """Clients ask while the block breaks something and sees it mended; then everything is checked and recorded.
+
+    Requests may fail only with errors that `refused` matches, none by default. `again`: clients ask once more
+    after so many seconds, as those do that retry.
+    """
+    with release.clients(count=count, again=again) as clients:
+        happened = Fault(release, clients)
+        yield happened
+        assert happened.seconds is not None, "a fault ends with normal()"
+    history = History.of(release, clients)
+    result = Result(name, len(clients.replies), len(clients.failed), len(history.unlogged), round(happened.seconds, 1))
+    record(result)
+    print(f"\n{json.dumps(asdict(result))}\n  {clients}")
+    history.check()
+    history.check_scores(lambda tag: scorer(release, tag))
+    unexpected = [reply for reply in clients.failed if not (refused and re.search(refused, reply.error))]
+    assert not unexpected, f"{len(unexpected)} failed, such as {unexpected[0]}; {clients}"
+
+
+# ---- whether the records add up --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """From when until when pods of a tag may answer."""
+
+    tag: str
+    begin: datetime
+    end: datetime
+
+    def covers(self, reply: Reply) -> bool:
+        """Whether some moment between question and answer is in it."""
+        return self.begin <= reply.at + timedelta(seconds=reply.seconds) and reply.at <= self.end
+
+
+def spans(promotions: Sequence[Row]) -> list[Span]:
+    """When which tag was valid: from the opening of its promotion to the end of the one that replaced it.
+
+    While one is open the old tag and the new one are. A promotion that failed ends the new tag with itself; one that
+    yielded to a pin leaves the tag to the pin's.
+    """
+    rows = sorted(promotions, key=lambda row: int(row["id"]))
+    found = []
+    for row, later in ((row, rows[n + 1 :]) for n, row in enumerate(rows)):
+        ends = [when(next_["closed_at"]) for next_ in later if next_["closed_at"] and next_["result"] in GOOD]
+        if row["closed_at"] is None:
+            end = datetime.max.replace(tzinfo=UTC) - LEAVING
+        elif row["result"] in GOOD or row["reason"].startswith("yields"):
+            end = ends[0] if ends else datetime.max.replace(tzinfo=UTC) - LEAVING
+        else:
+            end = when(row["closed_at"])
+        found.append(Span(row["to_tag"] or "", when(row["opened_at"]), end + LEAVING))
+    return found
+
+
+def when(text: str) -> datetime:
+    """A timestamp as Postgres puts it into JSON."""
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+@dataclass(frozen=True)
+class History:
+    """What clients were answered, what the log says of it, and the record of promotions."""
+
+    answered: Sequence[Reply]
+    log: Sequence[Row]  # request_id, bento_tag, churn_probability, features
+    promotions: Sequence[Row]
+
+    @classmethod
+    def of(cls, release: Release, clients: Clients, within: float = 60) -> History:
+        """That of a release; a pod that goes may still be copying its last answers."""
+        query = (
+            "SELECT request_id, bento_tag, churn_probability, features FROM predictions "
+            f"WHERE request_id LIKE '{clients.run}-%' AND source = 'client'"
+        )
+        found: list[Row] = []
+
+        def all_there() -> bool:
+            found[:] = release.rows(query)
+            missing = cls(clients.answered, found, ()).unlogged
+            if missing:
+                raise NotYet(f"{len(missing)} of {len(clients.answered)} answers are not in the log yet")
+            return True
+
+        with suppress(AssertionError):  # check() says more
+            wait_until("answers reach the log", all_there, within=within, every=1)
+        return cls(clients.answered, found, release.promotions())
+
+    @property
+    def logged(self) -> dict[str, list[Row]]:
+        """Rows by request."""
+        result: defaultdict[str, list[Row]] = defaultdict(list)
+        for row in self.log:
+            result[row["request_id"]].append(row)
+        return dict(result)
+
+    @property
+    def unlogged(self) -> list[Reply]:
+        """Answers that the log does not have."""
+        logged = {row["request_id"] for row in self.log}
+        return [reply for reply in self.answered if reply.request_id not in logged]
+
+    def check(self) -> None:
+        """Fail unless each answer is in the log exactly once, as it was given, by a tag that was valid then."""
+        assert not self.unlogged, f"{len(self.unlogged)} answers are not in the log, such as {self.unlogged[0]}"
+        logged, valid = self.logged, spans(self.promotions)
+        promoted = {span.tag for span in valid}
+        for reply in self.answered:
+            rows = logged[reply.request_id]
+            assert len(rows) == 1, f"{len(rows)} rows in the log for {reply}"
+            (row,) = rows
+            assert row["bento_tag"] == reply.bento_tag, f"logged by {row['bento_tag']}: {reply}"
+            same = abs(row["churn_probability"] - reply.score) < TOLERANCE
+            assert same, f"logged with score {row['churn_probability']}: {reply}"
+            assert reply.bento_tag in promoted, f"answered by a tag that was never promoted: {reply}"
+            assert any(span.tag == reply.bento_tag and span.covers(reply) for span in valid), (
+                f"not valid at {reply.at:%H:%M:%S}: {reply}; {[span for span in valid if span.tag == reply.bento_tag]}"
+            )
+
+    def check_scores(self, scorer: Callable[[str], Score], sample: int = SAMPLE) -> None:
+        """Fail unless the scores of some requests of each tag can be computed again from its archive."""
+        by_tag: defaultdict[str, list[Row]] = defaultdict(list)
+        for row in self.log:
+            by_tag[row["bento_tag"]].append(row)
+        for tag, rows in by_tag.items():
+            score = scorer(tag)
+            for row in rows[:: max(1, len(rows) // sample)]:
+                again = score(json.loads(row["features"]))
+                difference = abs(again - row["churn_probability"])
+                assert difference <= TOLERANCE, f"{tag} scores {again} now, and {row} is in the log"
+
+
+def scorer(release: Release, tag: str) -> Score:
+    """The model of a stored archive, loaded here."""
+    import numpy as np
+
+    stored = stored_archive(release, tag)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = Scorer(archive.extract(stored, hashlib.sha256(stored).hexdigest(), Path(folder) / "bento"))
+
+    def score(features: Mapping[str, Any]) -> float:
+        return float(loaded.score(np.asarray([loaded.encode(features)], dtype=np.float32))[0])
+
+    return score
+
+
+# ---- ways to break things --------------------------------------------------------------------------------
+
+
+def stored_archive(release: Release, tag: str) -> bytes:
+    """The bento of table `bentos`, checked against the checksum beside it."""
+    (row,) = release.rows(f"SELECT encode(archive, 'base64') AS archive, sha256 FROM bentos WHERE tag = '{tag}'")
+    data = base64.b64decode(row["archive"])
+    assert hashlib.sha256(data).hexdigest() == row["sha256"], f"{tag} is not what was stored"
+    return data
+
+
+def store_archive(release: Release, tag: str, data: bytes) -> None:
+    """Put another archive in its place, its checksum with it: what a bad build would have stored."""
+    text, sha256 = base64.b64encode(data).decode(), hashlib.sha256(data).hexdigest()
+    release.sql(f"UPDATE bentos SET archive = decode('{text}', 'base64'), sha256 = '{sha256}' WHERE tag = '{tag}'")
+
+
+@contextmanager
+def rewritten(release: Release, tag: str, name: str, change: Callable[[bytes], bytes]) -> Iterator[None]:
+    """One file in a stored archive is another for the block."""
+    before = stored_archive(release, tag)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(before)) as source, tarfile.open(fileobj=out, mode="w") as target:
+        for member in source:
+            file = source.extractfile(member)
+            data = file.read() if file else b""
+            data = change(data) if member.name.endswith(name) else data
+            member.size = len(data)
+            target.addfile(member, io.BytesIO(data))
+    store_archive(release, tag, out.getvalue())
+    try:
+        yield
+    finally:
+        store_archive(release, tag, before)
+
+
+def scale(release: Release, store: str, replicas: int) -> None:
+    """Pods of a store, waited for: none, or one that is ready."""
+    name = f"{release.name}-{store}"
+    release.kubectl("scale", f"deployment/{name}", f"--replicas={replicas}")
+    if replicas:
+        release.kubectl("rollout", "status", f"deployment/{name}", "--timeout=180s", timeout=200)
+        return
+    labels = f"app.kubernetes.io/instance={release.name},app.kubernetes.io/component={store}"
+    release.kubectl("wait", "--for=delete", "pod", f"--selector={labels}", "--timeout=120s", timeout=130)
+
+
+@contextmanager
+def without(release: Release, store: str) -> Iterator[None]:
+    """No pod of it for the block."""
+    scale(release, store, 0)
+    try:
+        yield
+    finally:
+        scale(release, store, 1)
+
+
+def processes(cluster: Cluster, namespace: str, pod: str, container: str = "") -> list[int]:
+    """Ids, on this machine, of a container's processes: those in its control group."""
+    status = cluster.get("pod", pod, f"--namespace={namespace}")["status"]
+    (identity,) = [
+        found["containerID"].rpartition("/")[2]
+        for found in status["containerStatuses"]
+        if container in ("", found["name"])
+    ]
+    result = []
+    for group in Path("/proc").glob("[0-9]*/cgroup"):
+        with suppress(OSError):
+            if identity in group.read_text():
+                result.append(int(group.parent.name))
+    assert result, f"no process of {pod} is on this machine"
+    return result
+
+
+def kill(release: Release, pod: str) -> None:
+    """SIGKILL for every process of a pod's container, as the kernel does when memory runs out."""
+    for process in processes(release.cluster, release.namespace, pod):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def restarts(release: Release, pod: str) -> int:
+    """How often the pod's container was started again; raises NotYet while it is not ready."""
+    (status,) = release.get("pod", pod)["status"]["containerStatuses"]
+    if not status["ready"]:
+        raise NotYet(f"{pod} is not ready: {status['state']}")
+    return int(status["restartCount"])
+
+
+@contextmanager
+def stopped(cluster: Cluster, namespace: str, pod: str) -> Iterator[None]:
+    """Its processes stand still for the block."""
+    found = processes(cluster, namespace, pod)
+    for process in found:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in found:
+            os.kill(process, signal.SIGCONT)
+
+
+def evict(release: Release, pod: str) -> None:
+    """As `kubectl drain` does it, which asks PodDisruptionBudgets."""
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
+    path = f"/api/v1/namespaces/{release.namespace}/pods/{pod}/eviction"
+    release.cluster.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
+
+
+def names(release: Release, component: str) -> list[str]:
+    """Of its pods that are not about to go."""
+    return sorted(pod["metadata"]["name"] for pod in release.pods(component))
+
+
+def tags_of_pods(release: Release) -> list[str]:
+    """The tag of each pod that serves or starts."""
+    return [str((pod["metadata"].get("annotations") or {}).get(TAG)) for pod in release.pods("serving")]
+
+
+def start_promote_by_another_clock(release: Release, name: str, *, hours: int, failpoint: str) -> str:
+    """A Job of promote for which it is so many hours later; its name."""
+    made = json.loads(
+        release.kubectl("create", "job", "--from=cronjob/promote", name, "--dry-run=client", "-o", "json")
+    )
+    made["spec"]["backoffLimit"] = 0
+    container = made["spec"]["template"]["spec"]["containers"][0]
+    container["command"] = ["python", "-c", CLOCK.format(hours=hours)]
+    container["env"].append({"name": "CHURN_FAILPOINT", "value": failpoint})
+    release.create(made)
+    return name
