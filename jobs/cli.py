@@ -240,7 +240,7 @@ def drift(
     as_of: AsOf = None,
     dry_run: DryRun = False,
     json_: Json = False,
-    force: Annotated[bool, typer.Option("--force", help="Ignore the cooldown.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Ignore cooldown, budget and failed candidates.")] = False,
 ) -> None:
     """Compare users with those the production model learned from; start retraining if need be."""
     with _job(json_) as settings:

@@ -182,7 +182,7 @@ drift_checks = Table(
     Column("drifted_columns", Text, nullable=False),  # JSON list
     Column("dataset_drift", Boolean, nullable=False),
     Column("realised_auc", Float),
-    Column("decision", String(16), nullable=False),  # retrain, none, cooldown, waiting, pinned
+    Column("decision", String(16), nullable=False),  # retrain, none, cooldown, waiting, pinned, stopped
     Column("reason", Text, nullable=False),
     Column("run_id", String(64)),
     Column("checked_at", UTCDateTime, nullable=False),

@@ -8,7 +8,6 @@ writes all fields of a view at once, nulls included: where one alone is missing,
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -36,7 +35,6 @@ TURN_SECONDS = 5.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MISMATCH = f"the online store's row of {SENTINEL} is not in the layout of Feast that is read here"
 _REMEMBERED = 1024  # values of a column, and timestamps: most are the same for many users
-_DOUBLE = struct.Struct("<d")
 
 Reading = list[bytes | None]  # one user's values, then timestamps
 
@@ -156,11 +154,10 @@ class RedisStore:
     def _cell(self, at: int, raw: bytes | None) -> Cell:
         """The cell of a feature, remembered unless it is a measurement: those hardly repeat."""
         feature = self._plan.features[at]
-        if feature.kind == "float" and raw is not None and len(raw) == 9 and raw[0] == 0x29:  # a double
-            number: float = _DOUBLE.unpack_from(raw, 1)[0]
-            if isfinite(number):
-                return self._plan.measurement(feature, number)
-        cell = self._plan.cell(feature, None if raw is None else decode_value(raw))
+        value = None if raw is None else decode_value(raw)
+        if feature.kind == "float" and value.__class__ is float and isfinite(value):
+            return self._plan.measurement(feature, value)
+        cell = self._plan.cell(feature, value)
         if len(self._known[at]) < _REMEMBERED:
             self._known[at][raw] = cell
         return cell

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import os
 import re
 import signal
-import tarfile
 import tempfile
 import time
 from collections import defaultdict
@@ -31,6 +29,7 @@ from typing import Any
 
 from bentos.churn import archive
 from bentos.churn.model import Scorer
+from tests.broken_bentos import Change, changed
 from tests.cluster.clients import Clients, Reply
 from tests.cluster.commands import Cluster, NotYet, wait_until
 from tests.cluster.release import TAG, Release
@@ -313,18 +312,10 @@ def store_archive(release: Release, tag: str, data: bytes) -> None:
 
 
 @contextmanager
-def rewritten(release: Release, tag: str, name: str, change: Callable[[bytes], bytes]) -> Iterator[None]:
+def rewritten(release: Release, tag: str, name: str, change: Change) -> Iterator[None]:
     """One file in a stored archive is another for the block."""
     before = stored_archive(release, tag)
-    out = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(before)) as source, tarfile.open(fileobj=out, mode="w") as target:
-        for member in source:
-            file = source.extractfile(member)
-            data = file.read() if file else b""
-            data = change(data) if member.name.endswith(name) else data
-            member.size = len(data)
-            target.addfile(member, io.BytesIO(data))
-    store_archive(release, tag, out.getvalue())
+    store_archive(release, tag, changed(before, {name: change}))
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from jobs.failpoints import STEPS
+from tests.broken_bentos import BREAKS, WORSE
 from tests.cluster.clients import Reply, in_order
 from tests.cluster.commands import NotYet, wait_until
 from tests.cluster.faults import (
@@ -42,7 +43,6 @@ from tests.cluster.faults import (
 from tests.cluster.node.node import restart_kubelet
 from tests.cluster.release import JobEnd, Release
 from tests.cluster.story import Story
-from tests.jobs.test_promote_served import BREAKS, WORSE
 
 PROMOTE_STEPS = [step for step in STEPS if step.startswith("promote.")]
 CONVERGED = 90.0  # seconds for the run after a killed one, from its start

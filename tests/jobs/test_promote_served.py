@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,69 +28,21 @@ from jobs.settings import Settings
 from jobs.snapshots import Snapshots
 from jobs.status import status
 from jobs.supervisor import as_environment, start_supervisor
+from tests.broken_bentos import BREAKS, WORSE, Change, changed
 from tests.conftest import REPOSITORY
 from tests.jobs.conftest import SECOND, SECOND_KNOWN, Trained
 
 Copy = Callable[..., Settings]
 
 
-def rewrite(settings: Settings, tag: str, name: str, change: Callable[[bytes], bytes]) -> None:
+def rewrite(settings: Settings, tag: str, name: str, change: Change) -> None:
     """Change one file in a stored archive, its checksum with it: what a bad build would have stored."""
     engine = connect(settings.database)
     with engine.begin() as connection:
         old = connection.execute(sa.select(bentos.c.archive).where(bentos.c.tag == tag)).scalar_one()
-        out = io.BytesIO()
-        with tarfile.open(fileobj=io.BytesIO(old)) as source, tarfile.open(fileobj=out, mode="w") as target:
-            for member in source:
-                file = source.extractfile(member)
-                data = file.read() if file else b""
-                data = change(data) if member.name.endswith(name) else data
-                member.size = len(data)
-                target.addfile(member, io.BytesIO(data))
-        archive = out.getvalue()
+        archive = changed(old, {name: change})
         sha256 = hashlib.sha256(archive).hexdigest()
         connection.execute(bentos.update().where(bentos.c.tag == tag).values(archive=archive, sha256=sha256))
-
-
-def wrong_golden(data: bytes) -> bytes:
-    golden = json.loads(data)
-    golden["scores"][0] += 0.1
-    return json.dumps(golden).encode()
-
-
-def crash(data: bytes) -> bytes:
-    return data + b"\nraise SystemExit('broken build')\n"
-
-
-def slow(data: bytes) -> bytes:
-    return data + b"\nimport time; time.sleep(60)\n"
-
-
-def misbehaving(statement: str) -> Callable[[bytes], bytes]:
-    """Code that is no part of what the bento's digest covers, and does something at each /predict with a body."""
-    code = f"""
-import asyncio
-from bentos.churn import guard
-_predict_answer = guard.Guard._answer
-async def _answer(self, scope, wire):
-    if scope["path"] == "/predict" and wire.source != "probe":
-        {statement}
-    return await _predict_answer(self, scope, wire)
-guard.Guard._answer = _answer
-"""
-    return lambda data: data + code.encode()
-
-
-WORSE = {
-    "new pods failed": misbehaving("raise RuntimeError('a fault that no golden row shows')"),
-    "new pods answer 95 %": misbehaving("await asyncio.sleep(0.3)"),
-}
-
-BREAKS = {
-    "golden rows differ": ("src/model/golden.json", wrong_golden),
-    "crash": ("src/bentos/churn/service.py", crash),
-    "not ready within": ("src/bentos/churn/service.py", slow),
-}
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-import io
 import json
 import logging
 import os
@@ -17,7 +16,6 @@ import signal
 import socket
 import sqlite3
 import sys
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -37,6 +35,7 @@ from jobs.pod import MARK
 from jobs.serving import LocalServing, Rollout
 from jobs.settings import Settings
 from jobs.supervisor import SupervisorProcess, as_environment, serve, start_supervisor, stop_supervisor
+from tests.broken_bentos import changed, wrong_golden
 
 if TYPE_CHECKING:
     from bentos.churn.packaging import Built
@@ -712,20 +711,14 @@ def tiny_bento(version: int) -> Built:
 
 def with_wrong_golden_rows(bento: Built, tag: str) -> Built:
     """The same bento under another tag, with the right checksum, but its first golden score is another."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=io.BytesIO(bento.archive)) as old, tarfile.open(fileobj=out, mode="w") as new:
-        for member in old:
-            file = old.extractfile(member)
-            data = file.read() if file else b""
-            if member.name.endswith("src/model/golden.json"):
-                golden = json.loads(data)
-                golden["scores"][0] += 0.1
-                data = json.dumps(golden).encode()
-            if member.name.endswith("src/model/model.json"):
-                data = json.dumps(json.loads(data) | {"bento_tag": tag}).encode()
-            member.size = len(data)
-            new.addfile(member, io.BytesIO(data))
-    return replace(bento, tag=tag, archive=out.getvalue(), sha256=hashlib.sha256(out.getvalue()).hexdigest())
+    archive = changed(
+        bento.archive,
+        {
+            "src/model/golden.json": wrong_golden,
+            "src/model/model.json": lambda data: json.dumps(json.loads(data) | {"bento_tag": tag}).encode(),
+        },
+    )
+    return replace(bento, tag=tag, archive=archive, sha256=hashlib.sha256(archive).hexdigest())
 
 
 @pytest.fixture(scope="module")
