@@ -1,4 +1,4 @@
-"""A small client of Redis and Valkey: commands in, replies out, an answer or StoreDown within 250 ms.
+"""A small client of Redis and Valkey: commands in, replies out, an answer or StoreDown in time.
 
 A general client takes longer over a command than the server and the network together, so this knows just what
 the store of features needs; hiredis reads the replies. Commands of many requests share a connection; they are
@@ -18,6 +18,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -26,7 +27,7 @@ from hiredis import ReplyError
 
 from bentos.churn.online import StoreDown
 
-ANSWER_SECONDS = 0.25  # from the question to the answer: connecting, logging in and the second attempt included
+ANSWER_SECONDS = 0.25  # of one user, from the question to the answer: connecting, logging in, a second attempt
 REST_SECONDS = 0.2  # after a failure, before the next attempt
 POOL = 4
 CROWDED = 64  # replies a connection owes before it gets a companion
@@ -83,17 +84,20 @@ def command(*words: bytes) -> bytes:
 
 
 class _Call:
-    __slots__ = ("count", "future", "replies", "timer")
+    __slots__ = ("count", "deadline", "future", "replies")
 
-    def __init__(self, count: int, future: asyncio.Future[list[Reply]]) -> None:
+    def __init__(self, count: int, deadline: float, future: asyncio.Future[list[Reply]]) -> None:
         self.count = count
+        self.deadline = deadline
         self.future = future
         self.replies: list[Reply] = []
-        self.timer: asyncio.TimerHandle
 
 
 class _Connection(asyncio.Protocol):
-    """One connection. A call that is not answered in time ends it: what comes later would answer another."""
+    """One connection. A call that is not answered in time ends it: what comes later would answer another.
+
+    One timer watches over all calls, since making one takes longer than the rest of a call.
+    """
 
     def __init__(self, on_lost: Callable[[_Connection], None]) -> None:
         self.owed = 0  # replies
@@ -101,6 +105,8 @@ class _Connection(asyncio.Protocol):
         self._calls: deque[_Call] = deque()
         self._reader = hiredis.Reader()
         self._transport: Any = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = inf  # when the timer goes off
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -108,9 +114,10 @@ class _Connection(asyncio.Protocol):
     async def call(self, commands: bytes, count: int, deadline: float) -> list[Reply]:
         """The replies to `count` commands; TimeoutError after the deadline, ConnectionError if it breaks."""
         loop = asyncio.get_running_loop()
-        call = _Call(count, loop.create_future())
-        call.timer = loop.call_at(deadline, self._expire, call)
+        call = _Call(count, deadline, loop.create_future())
         self._calls.append(call)
+        if deadline < self._due:
+            self._watch_from(deadline)
         self.owed += count
         self._transport.write(commands)
         return await call.future
@@ -124,7 +131,6 @@ class _Connection(asyncio.Protocol):
                 call.replies.append(reply)
                 if len(call.replies) == call.count:
                     self._calls.popleft()
-                    call.timer.cancel()
                     if not call.future.done():
                         call.future.set_result(call.replies)
         except (hiredis.ProtocolError, IndexError) as error:
@@ -138,16 +144,31 @@ class _Connection(asyncio.Protocol):
         self._on_lost(self)
         if self._transport is not None:
             self._transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
         while self._calls:
             call = self._calls.popleft()
-            call.timer.cancel()
             if not call.future.done():
                 call.future.set_exception(ConnectionError(reason))
 
-    def _expire(self, call: _Call) -> None:
-        if not call.future.done():
-            call.future.set_exception(TimeoutError())
-        self.end("an earlier command was not answered")
+    def _watch_from(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = asyncio.get_running_loop().call_at(due, self._watch)
+
+    def _watch(self) -> None:
+        """Look whether a call is overdue, and when to look again."""
+        self._timer, self._due = None, inf
+        now = asyncio.get_running_loop().time()
+        overdue = [call for call in self._calls if call.deadline <= now]
+        for call in overdue:
+            if not call.future.done():
+                call.future.set_exception(TimeoutError())
+        if overdue:
+            self.end("an earlier command was not answered")
+        elif self._calls:
+            self._watch_from(min(call.deadline for call in self._calls))
 
 
 class RedisClient:
@@ -186,7 +207,7 @@ class RedisClient:
                 connection = free or await self._opened(deadline)
                 replies = await connection.call(commands, count, deadline)
             except TimeoutError:
-                reason = f"no answer within {ANSWER_SECONDS} s"
+                reason = f"no answer within {deadline - now:.2g} s"
                 break
             except OSError as error:
                 reason = str(error)

@@ -31,6 +31,7 @@ from bentos.churn.redis_client import ANSWER_SECONDS, Address, RedisClient, Repl
 
 LARGE = 64  # users; reads of more take turns, so that none waits for its answer behind the others
 TURN_SECONDS = 5.0
+USER_SECONDS = 0.002  # that each user of a read adds to the time for it: a pod may have a tenth of a core
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MISMATCH = f"the online store's row of {SENTINEL} is not in the layout of Feast that is read here"
@@ -110,7 +111,7 @@ class RedisStore:
             self._large.release()
 
     async def _read(self, user_ids: Sequence[str]) -> list[UserFeatures | None]:
-        deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
+        deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS + len(user_ids) * USER_SECONDS
         rows = await self._client.ask(b"".join([self._command(u) for u in user_ids]), len(user_ids), deadline)
         absent: set[str] = set()
         found = [self._user(self._row(reply), absent) for reply in rows]

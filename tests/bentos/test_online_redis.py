@@ -629,6 +629,31 @@ def test_what_came_while_the_process_was_busy_is_an_answer(
     assert runner.run(busy()) is not None
 
 
+def test_a_large_read_has_more_time_than_the_single_one_behind_it(
+    own: stores.Server, opened: Opener, runner: asyncio.Runner
+) -> None:
+    store = opened(own.url)
+    runner.run(store.read([A]))
+    runner.run(asyncio.sleep(IN_TIME))  # nobody watches over the connection any more
+    process = own.process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+
+    async def both() -> list[UserFeatures | None]:
+        large = asyncio.create_task(store.read([A, B] * 400))
+        await asyncio.sleep(0)
+        try:
+            with in_time(), pytest.raises(StoreDown, match="no answer within"):
+                await store.read([A])
+        finally:
+            process.send_signal(signal.SIGCONT)
+        return await large
+
+    found = runner.run(both())
+    assert len(found) == 800
+    assert None not in found
+
+
 def test_everybody_gets_their_own_answer(
     filled: Filled, opened: Opener, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
