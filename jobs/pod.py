@@ -108,15 +108,7 @@ class LocalPod:
                 end.cancel()
 
     async def _death(self, process: asyncio.subprocess.Process) -> str:
-        """Wait for the end of the process or of its worker, which BentoML would notice ten seconds later."""
-        workers: set[int] = set()
-        while process.returncode is None:
-            alive = _workers(process.pid)
-            if gone := workers - alive:
-                return f"its worker (pid {min(gone)}) has died"
-            workers = alive
-            await asyncio.sleep(POLL)
-        return f"ended with code {process.returncode}"
+        return f"ended with code {await process.wait()}"
 
     async def _silence(self, port: int) -> str:
         """Ask whether the process is ready, until it has not answered at all for too long."""
@@ -188,15 +180,6 @@ def _end_with_parent() -> Callable[[], None]:
             os._exit(1)
 
     return ask
-
-
-def _workers(pid: int) -> set[int]:
-    """The living BentoML workers among a process's children, by command line (a zombie's is empty)."""
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        lines = {int(child): _read(Path(f"/proc/{child}/cmdline")) for child in children}
-        return {child for child, line in lines.items() if b"_bentoml_impl.worker" in line}
-    return set()
 
 
 def marked(place: Path) -> set[int]:

@@ -1,6 +1,6 @@
 """`churn serve`: what the Deployment and the kubelet do on Kubernetes, for one machine.
 
-Watches the served tag that `jobs.serving` keeps, runs `bentoml serve` for it, and listens where clients
+Watches the served tag that `jobs.serving` keeps, runs `bentos.churn.serve` for it, and listens where clients
 ask (`jobs.balancer`). A new tag's process is started beside the old one and gets new connections once it is
 ready and says that it serves that tag; then the old one is told to end, and finishes what it has. One that
 does not become ready is given up, the old one never notices, and the rollout says why. A process that dies is
@@ -53,16 +53,16 @@ class AlreadyServing(Exception):
     """Another supervisor serves this home."""
 
 
-def bentoml_serve(folder: Path, port: int) -> list[str]:
+def serve_command(folder: Path, port: int) -> list[str]:
     """The command that serves an extracted bento."""
-    return [sys.executable, "-m", "bentoml", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-m", "bentos.churn.serve", str(folder), "--port", str(port)]
 
 
 def serve(
     settings: Settings,
     *,
     until: Callable[[], bool] | None = None,
-    command: Command = bentoml_serve,
+    command: Command = serve_command,
     fetch: Fetch = archive.fetch,
 ) -> None:
     """Serve the wanted tag in the foreground until SIGTERM, Ctrl-C or `until`; a second signal does not wait.
@@ -320,7 +320,7 @@ class _GivenUp(Exception):
 
 
 def _service_environment(settings: Settings, folder: Path) -> dict[str, str]:
-    """What `bentoml serve` is told. Its spool and its draining may be set from outside."""
+    """What the service is told. Its spool and its draining may be set from outside."""
     own = {
         "CHURN_DATABASE_URL": settings.database,
         "CHURN_ONLINE_STORE_URL": settings.online_store,

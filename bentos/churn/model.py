@@ -25,6 +25,7 @@ Value = int | float | bool | str
 GOLDEN_TOLERANCE = 1e-6
 
 _ABSENT = object()
+_AROUND = ("archive.py", "fetch.py", "packaging.py", "serve.py")
 
 
 class MissingFeatures(ValueError):
@@ -182,8 +183,8 @@ def code_digest(folder: Path) -> str:
 
 
 def serving_code(folder: Path) -> list[Path]:
-    """The modules in `folder` that go into a bento: not those that make, fetch and extract one."""
-    return [path for path in sorted(folder.glob("*.py")) if path.name not in ("archive.py", "fetch.py", "packaging.py")]
+    """The modules in `folder` that go into a bento: not those that make, fetch, extract and run one."""
+    return [path for path in sorted(folder.glob("*.py")) if path.name not in _AROUND]
 
 
 def model_folder(folder: Path) -> Path:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import gc
 import json
 import logging
@@ -44,7 +43,6 @@ from bentos.churn.requests import RequestError
 log = logging.getLogger(__name__)
 
 LOG_DRAIN_SECONDS = 10.0
-WORKER_CHECK_SECONDS = 0.5
 _SOURCES = Path(__file__).resolve().parents[2]  # the folder that holds bentos/ and model/
 _PR_SET_PDEATHSIG = 1
 
@@ -174,7 +172,7 @@ class GuardedService(Service):  # type: ignore[misc]
     """A BentoML service whose ASGI application is the guard."""
 
     def to_asgi(self, is_main: bool = True) -> Guard:
-        """The application that `bentoml serve` runs."""
+        """The application that BentoML's worker runs."""
         import uvicorn.config
 
         uvicorn.config.HTTP_PROTOCOLS["auto"] = "bentos.churn.protocol:Protocol"
@@ -227,19 +225,6 @@ class Churn:
         await asyncio.get_running_loop().run_in_executor(None, API.close)
 
 
-def _restart_the_worker_soon() -> None:
-    """In the process that starts the worker: let it look every half second whether it still runs, not every ten."""
-    if server_context.worker_index is None and Path(sys.argv[0]).name == "bentoml":
-        from bentoml._internal.utils import circus
-
-        circus.create_standalone_arbiter = functools.partial(
-            circus.create_standalone_arbiter, check_delay=WORKER_CHECK_SECONDS
-        )
-
-
-_restart_the_worker_soon()
-
-
 def _log_as_bentoml_does() -> None:
     ours, theirs = logging.getLogger("bentos"), logging.getLogger("bentoml")
     ours.handlers, ours.propagate = theirs.handlers, False
@@ -268,7 +253,7 @@ def _give_back_memory() -> None:
 
 
 def _listener() -> socket.socket | None:
-    """The socket that BentoML's parent process opened and handed to this one.
+    """The socket that the parent process opened and handed to this one.
 
     The parent holds it open until this process is gone. To close it here is not enough: clients would still be
     let in, and wait for nobody. It has to be shut down.

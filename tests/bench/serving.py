@@ -93,9 +93,9 @@ def builds(scene: Stage) -> dict[str, tuple[list[str], dict[str, str], Path | No
 
     FastAPI runs on the code inside the bento, so that it is the same code.
     """
-    from jobs.supervisor import bentoml_serve
+    from jobs.supervisor import serve_command
 
-    ours = [part.replace("3000", "{port}") for part in bentoml_serve(scene.bento, 3000)]
+    ours = [part.replace("3000", "{port}") for part in serve_command(scene.bento, 3000)]
     typical = [sys.executable, "-m", "bentoml", "serve", "tests.bench.builds.typical:Typical", "--host", "127.0.0.1"]
     path = {"PYTHONPATH": str(REPOSITORY)}
     return {

@@ -1,4 +1,4 @@
-"""A real `bentoml serve` on a free port, for tests of several rooms.
+"""A real service on a free port, for tests of several rooms.
 
 with serving_process.start(folder, environment) as service:
     service.post({"user_id": "a"})
@@ -51,7 +51,7 @@ class Reply(NamedTuple):
 
 
 class Service:
-    """A running service: `url`, the process id of `bentoml serve`, and its log."""
+    """A running service: `url`, the process id of the worker's parent, and its log."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.process = process
@@ -65,7 +65,7 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """The process id of `bentoml serve`, which is also its process group."""
+        """The process id of the worker's parent, which is also its process group."""
         return self.process.pid
 
     @property
@@ -158,7 +158,7 @@ def environment(*, database: str, online_store: str, spool: Path, **settings: st
 
 @contextlib.contextmanager
 def start(folder: Path, settings: Mapping[str, str], *, wait: bool = True) -> Iterator[Service]:
-    """`bentoml serve` of an extracted bento, from an empty folder, this repository not on its path."""
+    """An extracted bento, served from an empty folder, this repository not on its path."""
     with tempfile.TemporaryDirectory(prefix="churn-serve-") as scratch:
         port = free_port()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("CHURN_") and k != "PYTHONPATH"}
@@ -166,8 +166,7 @@ def start(folder: Path, settings: Mapping[str, str], *, wait: bool = True) -> It
         (Path(scratch) / "cwd").mkdir()
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [str(Path(sys.executable).parent / "bentoml"), "serve", str(folder), "--host", "127.0.0.1",
-                 "--port", str(port)],
+                [sys.executable, "-m", "bentos.churn.serve", str(folder), "--port", str(port)],
                 cwd=Path(scratch) / "cwd", stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 env={**inherited, "BENTOML_DO_NOT_TRACK": "true", "BENTOML_HOME": f"{scratch}/home", **settings},

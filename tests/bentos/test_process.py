@@ -7,8 +7,12 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -161,7 +165,7 @@ def test_draining_takes_as_long_as_it_is_told(bento: Path, own: dict[str, str]) 
 
 
 def test_the_whole_group_may_be_told_to_stop(bento: Path, own: dict[str, str]) -> None:
-    """Ctrl-C, or a supervisor: the worker is told by both its parent and the sender."""
+    """Ctrl-C, or a supervisor: the worker is told by its parent, and once."""
     with serving_process.start(bento, own) as service:
         os.killpg(service.pid, signal.SIGTERM)
         assert service.process.wait(15) == 0
@@ -189,6 +193,85 @@ def test_who_comes_too_late_is_refused_not_kept_waiting(bento: Path, own: dict[s
 
         assert alive(worker)
         os.kill(worker, signal.SIGKILL)
+
+
+def test_a_second_ctrl_c_does_not_wait(bento: Path, own: dict[str, str]) -> None:
+    with serving_process.start(bento, {**own, "CHURN_DRAIN_SECONDS": "60"}) as service:
+        worker = service.worker()
+        assert worker is not None
+        service.process.send_signal(signal.SIGINT)
+        assert eventually(lambda: not service.is_ready())
+        service.process.send_signal(signal.SIGINT)
+
+        assert service.process.wait(5) == 1
+        assert not alive(worker)
+
+
+def test_a_second_sigterm_cuts_nothing_short(bento: Path, own: dict[str, str], database: str) -> None:
+    with serving_process.start(bento, own) as service:
+        answer = service.post({"user_id": "u-0001"}).json()
+        service.process.terminate()
+        assert eventually(lambda: not service.is_ready())
+        service.process.terminate()
+
+        assert service.process.wait(15) == 0
+        assert "every prediction is in the database" in service.log
+    assert logged(database) == [answer["prediction_id"]]
+
+
+def test_a_killed_worker_is_followed_by_another(bento: Path, own: dict[str, str], database: str) -> None:
+    """Who comes in between waits in the queue of the socket and is answered: no retry, no other port."""
+    with serving_process.start(bento, own) as service:
+        asked = []
+        for _ in range(3):
+            worker = service.worker()
+            assert worker is not None
+            os.kill(worker, signal.SIGKILL)
+            eventually(lambda killed=worker: not alive(killed))  # type: ignore[misc]
+            reply = service.post({"user_id": "u-0001"})
+            assert reply.status == 200
+            asked.append(reply.json()["prediction_id"])
+            assert service.worker() != worker
+        eventually(lambda: sorted(logged(database)) == sorted(asked))
+        assert service.log.count("the worker was killed by signal 9; another starts") == 3
+
+
+def test_a_worker_that_ends_by_itself_ends_the_service(bento: Path, own: dict[str, str], tmp_path: Path) -> None:
+    """Another one would do the same: whoever runs the service is to see it end."""
+    broken = Path(shutil.copytree(bento, tmp_path / "broken"))
+    with (broken / "src" / "bentos" / "churn" / "service.py").open("a") as file:
+        file.write("\nraise SystemExit('broken build')\n")
+    with serving_process.start(broken, own, wait=False) as service:
+        assert service.process.wait(15) == 1
+        assert "broken build\nthe worker ended with exit code 1" in service.log
+
+
+def test_a_worker_that_somebody_ends_is_not_replaced(bento: Path, own: dict[str, str]) -> None:
+    """It has shut the socket down, as it should."""
+    with serving_process.start(bento, own) as service:
+        worker = service.worker()
+        assert worker is not None
+        os.kill(worker, signal.SIGTERM)
+
+        assert service.process.wait(15) == 1
+        assert "the worker ended with exit code -15" in service.log
+
+
+def test_a_port_that_is_taken(bento: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "bentos.churn.serve", str(bento), "--port", str(port)],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f"127.0.0.1:{port}: Address already in use\n")
+
+
+def test_the_worker_s_parent_is_small() -> None:
+    """It lives as long as the pod and needs nothing of BentoML."""
+    look = "import bentos.churn.serve, sys; print(*(m for m in sys.modules if m.startswith(('bentoml', 'asyncio'))))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == []
 
 
 def test_the_worker_ends_with_its_parent(bento: Path, own: dict[str, str], database: str) -> None:

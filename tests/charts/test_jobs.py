@@ -419,7 +419,7 @@ def test_fetch_is_told_the_served_tag_by_the_annotation(objects: list[Object]) -
     tag, _, folder = fetch.read_environment(found)
     assert tag == "churn:v7-0123abcd"
     assert str(folder) in container["command"], "what is fetched is what is served"
-    assert container["command"][:4] == ["python", "-m", "bentoml", "serve"]
+    assert container["command"][:3] == ["python", "-m", "bentos.churn.serve"]
 
 
 @pytest.mark.parametrize("group", ["serving", "jobs", "mlflow"])
