@@ -44,7 +44,7 @@ TOLERANCE = 1e-6
 TITLES = {
     "typical": "BentoML sync + Feast SDK + scikit-learn",
     "fastapi": "FastAPI async, our parts and log",
-    "ours": "ours: bentoml serve, log on",
+    "ours": "ours: BentoML's worker, log on",
     "floor": "floor: bare ASGI, HMGET, ONNX",
 }
 

@@ -1,4 +1,4 @@
-"""The service as its clients see it: a real `bentoml serve` of an extracted bento, asked over sockets."""
+"""The service as its clients see it: a real service of an extracted bento, asked over sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forest of full size served by `bentoml serve`, features in Redis, predictions in PostgreSQL."""
+"""A forest of full size served, features in Redis, predictions in PostgreSQL."""
 
 from __future__ import annotations
 
