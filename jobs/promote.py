@@ -36,7 +36,7 @@ from jobs.registry import (
     Registry,
     RegistryError,
 )
-from jobs.replay import realised_auc, replay
+from jobs.replay import held_against, realised_auc, replay
 from jobs.serving import DIRECT, ServedTagChanged, Serving, StaleFence, serving_of
 from jobs.settings import Mode, Settings
 
@@ -83,6 +83,7 @@ class World:
     rebuild_on_code_change: bool
     retry_at: dict[int, datetime]  # versions whose last attempt was interrupted, and when to try again
     failed_rebuild: str | None  # the tag whose rebuilding failed last; it is not tried again
+    held_against: str  # what a replay would be judged by today
     now: datetime
 
 
@@ -171,7 +172,7 @@ def _candidate(world: World) -> Want | Idle:
         return Idle(f"{name} passed the gate; mode {world.mode} promotes nothing")
     if world.mode == "manual" and not first and not approved:
         return Idle(f"{name} passed the gate and waits for `churn approve {candidate.version}`")
-    if not approved and candidate.tags.get(HELD_AGAINST) == champion:
+    if not approved and candidate.tags.get(HELD_AGAINST) == world.held_against:
         return Idle(f"{name} waits for `churn approve {candidate.version}`: {candidate.tags.get(HELD)}")
     if world.retry_at.get(candidate.version, world.now) > world.now:
         return Idle(f"{name} was interrupted; next try at {world.retry_at[candidate.version]:%H:%M:%S}")
@@ -236,6 +237,7 @@ class Promoter:
             rebuild_on_code_change=self.settings.rebuild_on_code_change,
             retry_at=self._retry_at(),
             failed_rebuild=failed_rebuild,
+            held_against=held_against(self.settings, last.to_version if last else None),
             now=datetime.now(UTC),
         )
 
@@ -256,7 +258,8 @@ class Promoter:
             what = f"finish promotion {open_row.id} of version {open_row.to_version}"
         else:
             try:
-                want = decide(self.world())
+                world = self.world()
+                want = decide(world)
             except RegistryError as error:
                 if self.history.last() is not None:
                     raise
@@ -265,6 +268,8 @@ class Promoter:
                 self._refuse_what_cannot_serve()
                 return PromoteResult("idle", want.reason, self.serving.served_tag())
             what = f"{want.action} version {want.version}: {want.reason}"
+            if dry_run and (held := self._would_hold(world, want)):
+                what = f"wait for `churn approve {want.version}`: {held}"
         if dry_run:
             return PromoteResult("dry_run", f"would {what}", self.serving.served_tag())
         try:
@@ -307,30 +312,49 @@ class Promoter:
 
     def _held(self, world: World, want: Want) -> bool:
         """Whether the candidate has to wait for a person, because it would decide too much otherwise."""
-        candidate, last = world.candidate, world.last
-        if want.action != "promote" or candidate is None or last is None or last.to_tag is None:
-            return False
-        if "approved_by" in candidate.tags or not self.settings.replay_requests:
-            return False
-        auc = realised_auc(self.engine, last.to_version)
-        if auc is None:
-            auc = self._gate_auc(candidate)
-        if auc is not None and auc < self.settings.champion_floor:
-            log.info("version %d guesses (AUC %.3f): nothing is compared with it", last.to_version, auc)
+        candidate, served_tag = world.candidate, self._compared_with(world, want)
+        if candidate is None or served_tag is None:
             return False
         try:
             tag = ensure_bento(self.settings, self.engine, self.registry, candidate)
         except ModelRefused:
             return False  # the promotion says it, and marks the version
-        found = replay(self.settings, self.engine, last.to_tag, tag)
-        log.info("version %d beside version %d: %s", candidate.version, last.to_version, found)
-        objections = found.objections(self.settings)
-        if not objections:
+        reason = self._objection(served_tag, tag)
+        if reason is None:
             return False
-        reason = f"{found} ({'; '.join(objections)})"
-        self.registry.set_tags(candidate.version, {HELD: reason[:4900], HELD_AGAINST: str(last.to_version)})
+        self.registry.set_tags(candidate.version, {HELD: reason[:4900], HELD_AGAINST: world.held_against})
         self.serving.tell("PromotionHeld", f"version {candidate.version}: {reason}", warning=True)
         return True
+
+    def _would_hold(self, world: World, want: Want) -> str | None:
+        """Why it would have to wait, if its bento is there to be asked: a look packages nothing."""
+        candidate, served_tag = world.candidate, self._compared_with(world, want)
+        if candidate is None or served_tag is None:
+            return None
+        tag = expected_tag(candidate)
+        return self._objection(served_tag, tag) if bento_of(self.engine, tag) else None
+
+    def _compared_with(self, world: World, want: Want) -> str | None:
+        """The tag of the model that the candidate would replace; None if there is none worth comparing with."""
+        candidate, last = world.candidate, world.last
+        if want.action != "promote" or candidate is None or last is None:
+            return None
+        if "approved_by" in candidate.tags or not self.settings.replay_requests:
+            return None
+        auc = realised_auc(self.engine, last.to_version)
+        if auc is None:
+            auc = self._gate_auc(candidate)
+        if auc is not None and auc < self.settings.champion_floor:
+            log.info("version %d guesses (AUC %.3f): nothing is compared with it", last.to_version, auc)
+            return None
+        return last.to_tag
+
+    def _objection(self, served_tag: str, tag: str) -> str | None:
+        """What a replay has against a candidate's bento beside the one that serves."""
+        found = replay(self.settings, self.engine, served_tag, tag)
+        log.info("%s beside %s: %s", tag, served_tag, found)
+        objections = found.objections(self.settings)
+        return f"{found} ({'; '.join(objections)})" if objections else None
 
     def _gate_auc(self, candidate: ModelVersion) -> float | None:
         """The AUC that the gate found for the champion the candidate was judged against last; None if there is none."""

@@ -51,11 +51,17 @@ class Replay:
         if self.requests < ENOUGH:
             return []
         found = []
-        if self.flipped > settings.replay_max_flipped:
+        if not self.flipped <= settings.replay_max_flipped:  # a NaN is too much as well
             found.append(f"{self.flipped:.1%} is above replay_max_flipped, {settings.replay_max_flipped:.1%}")
-        if self.shift > settings.replay_max_shift:
+        if not self.shift <= settings.replay_max_shift:
             found.append(f"{self.shift:.3f} is above replay_max_shift, {settings.replay_max_shift:g}")
         return found
+
+
+def held_against(settings: Settings, champion: int | None) -> str:
+    """What a replay is judged by: while it is the same, so is the judgement."""
+    limits = (settings.replay_requests, settings.replay_max_flipped, settings.replay_max_shift)
+    return " ".join(f"{limit:g}" for limit in (champion or 0, *limits))
 
 
 def replay(settings: Settings, engine: sa.Engine, served_tag: str, tag: str) -> Replay:

@@ -20,6 +20,7 @@ from jobs.database import connect, drift_checks, predictions, retrains
 from jobs.history import History, Pin, Promotion
 from jobs.lease import is_held
 from jobs.registry import CANDIDATE, HELD, HELD_AGAINST, PREVIOUS, PRODUCTION, Registry
+from jobs.replay import held_against
 from jobs.serving import Rollout, Serving, serving_of
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
@@ -184,7 +185,7 @@ def _waits_for_approval(settings: Settings, number: int, production: int) -> str
     version = Registry(settings).version(number)
     if version is None or not version.passed or "approved_by" in version.tags:
         return None
-    if version.tags.get(HELD_AGAINST) == str(production):
+    if version.tags.get(HELD_AGAINST) == held_against(settings, production):
         return f"version {number} passed the gate and waits for `churn approve {number}`: {version.tags.get(HELD)}"
     if settings.promotion_mode != "manual":
         return None

@@ -136,11 +136,14 @@ def measure(scene: Stage, size: Size, say: Any = lambda text: None) -> list[dict
 def _measure(scene: Stage, service: load.Process, size: Size) -> list[dict[str, Any]]:
     about: dict[str, Any] = {"ready_s": service.wait_ready()}
     about["first_ms"], about["next_ms"] = service.first_answers(scene.users[-FIRST:])
+    redis, postgres = scene.stores
     expected = scene.pipeline.predict_proba(scene.frame.iloc[:CHECKED])[:, 1]
     found = service.scores(scene.users[:CHECKED])
 
     def loaded(concurrency: int) -> dict[str, Any]:
-        row = service.load(scene.folder / "users.txt", concurrency, size.seconds, scene.stores)
+        alone = concurrency == 1 and not size.hurry  # the database is another machine in earnest: it gets a core
+        with load.on_one_core(service.process.pid, redis, apart=[postgres]) if alone else nullcontext():
+            row = service.load(scene.folder / "users.txt", concurrency, size.seconds, scene.stores)
         return {"concurrency": concurrency, **about, **row}
 
     with ThreadPoolExecutor(len(CONCURRENCY) if size.hurry else 1) as pool:
@@ -236,7 +239,8 @@ def run(size: Size, say: Any = lambda text: None) -> dict[str, Any]:
         say("scoring alone")
         score = parts.scoring(scene, calls=size.calls, rows=size.rows)
         say("reading features alone")
-        read = uvloop.run(parts.reading(scene, calls=size.calls))
+        with load.on_one_core(scene.stores[0]):
+            read = uvloop.run(parts.reading(scene, calls=size.calls))
     summary = summarize(rows)
     ours = next(row for row in summary if row["build"] == "ours")
     return {

@@ -34,8 +34,11 @@ from tests.bentos import serving_process
 from tests.bentos.conftest import AS_OF
 from tests.bentos.serving_process import eventually
 
-IN_TIME = 0.3  # an answer that the store is down
-RECOVERED = 2.0
+ANSWER = (
+    1.0  # seconds, four times what the service takes: a busy machine may be late by a blink, and is in no hurry here
+)
+IN_TIME = ANSWER + 0.3  # an answer that the store is down
+RECOVERED = 10.0
 PROJECT = "churn"
 EXPIRED = AS_OF - timedelta(days=60)  # the definitions' ttl is 45 days
 PLAYGROUND = 1  # the database that tests may break
@@ -163,6 +166,14 @@ def key(user: str) -> bytes:
 def drop_view(admin: redis_py.Redis, plan: Plan, view: str, *users: str) -> None:
     for user in users:
         admin.hdel(key(user), f"_ts:{view}", *(field_name(view, f.name) for f in plan.features if f.view == view))
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The promise, and what is kept of it here."""
+    assert redis_client.ANSWER_SECONDS == 0.25
+    for module in (redis_client, redis_store):
+        monkeypatch.setattr(module, "ANSWER_SECONDS", ANSWER)
 
 
 @contextlib.contextmanager
@@ -469,7 +480,7 @@ def test_a_server_that_hangs_is_down_in_time_and_back_in_time(
         with in_time():
             found = runner.run(crowd())
         assert {type(answer) for answer in found} == {StoreDown}
-        assert "no answer within 0.25 s" in str(found[0])
+        assert "no answer within 1 s" in str(found[0])
     finally:
         own.process.send_signal(signal.SIGCONT)
 
@@ -512,7 +523,7 @@ def test_a_black_hole_is_down_in_time_and_asked_by_one_at_a_time(
         store = RedisStore(f"redis://127.0.0.1:{port}", PROJECT, plan)
         with in_time(), pytest.raises(StoreDown, match="no answer within"):
             runner.run(store.read([A]))
-        with in_time(0.05), pytest.raises(StoreDown, match="no answer within"):
+        with in_time(ANSWER / 2), pytest.raises(StoreDown, match="no answer within"):
             runner.run(store.read([A]))
 
         async def crowd() -> list[float]:
@@ -525,7 +536,7 @@ def test_a_black_hole_is_down_in_time_and_asked_by_one_at_a_time(
             return await asyncio.gather(*(wait() for _ in range(100)))
 
         def one_asks() -> bool:
-            return sum(took > 0.1 for took in runner.run(crowd())) == 1
+            return sum(took > ANSWER / 2 for took in runner.run(crowd())) == 1
 
         eventually(one_asks, seconds=RECOVERED, what="one of a hundred asking")
         store.close()
@@ -594,7 +605,7 @@ def test_two_questions_have_the_time_of_one(plan: Plan, runner: asyncio.Runner) 
         connection.recv(10_000)
         connection.sendall(b"+OK\r\n")
         connection.recv(10_000)
-        late.wait(0.15)
+        late.wait(0.6 * ANSWER)
         connection.sendall(b"*20\r\n" + b"$-1\r\n" * 20)
 
     with listening(hesitate) as (port, seen):
@@ -621,7 +632,7 @@ def test_what_came_while_the_process_was_busy_is_an_answer(
     async def busy() -> UserFeatures | None:
         reading = asyncio.create_task(store.read([A]))
         await asyncio.sleep(0)
-        end = time.monotonic() + 2 * IN_TIME
+        end = time.monotonic() + IN_TIME
         while time.monotonic() < end:
             pass
         return (await reading)[0]

@@ -55,6 +55,7 @@ SETTLED = World(
     registered=True,
     retry_at={},
     failed_rebuild=None,
+    held_against="1 1000 0.2 0.1",
     now=NOW,
 )
 WITH_CANDIDATE = replace(SETTLED, aliases={PRODUCTION: 1, CANDIDATE: 2}, candidate=version(2))

@@ -146,6 +146,34 @@ def test_a_candidate_that_would_decide_much_otherwise_waits_for_a_person(promota
     assert promote(settings).to_version == 2
 
 
+@pytest.mark.parametrize("looser", [{"replay_max_flipped": 1, "replay_max_shift": 1}, {"replay_requests": 0}])
+def test_what_is_held_is_looked_at_again_when_the_settings_change(
+    promotable: Copy, trained: Trained, looser: dict[str, Any]
+) -> None:
+    settings = promotable(replay_max_flipped=0.01)
+    log(settings, rows_of(settings, 300))
+    realised(settings, 0.8)
+    assert promote(settings).result == "idle"
+
+    settings = settings.model_copy(update=looser)
+
+    assert status(settings)["waiting"] is None
+    assert promote(settings).to_version == 2
+
+
+def test_a_dry_run_says_what_would_be_held_and_changes_nothing(promotable: Copy, trained: Trained) -> None:
+    settings = promotable(replay_max_flipped=0.01)
+    log(settings, rows_of(settings, 300))
+    realised(settings, 0.8)
+
+    result = promote(settings, dry_run=True)
+
+    assert result.reason.startswith("would wait for `churn approve 2`: of 300 logged requests")
+    version = Registry(settings).version(2)
+    assert version is not None
+    assert "held_by_replay" not in version.tags
+
+
 @pytest.mark.parametrize("known", ["labels", "gate"])
 def test_the_successor_of_a_model_that_guesses_does_not_wait(promotable: Copy, trained: Trained, known: str) -> None:
     """By the AUC that labels have shown, or, while drift has not seen them, by what the gate has measured."""
