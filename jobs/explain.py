@@ -1,8 +1,9 @@
 """Where a prediction came from: the bento, who promoted it and why, the training behind it, the features and their age.
 
 Everything is on record already: the prediction log has the features as the model saw them, table `promotions` says
-since when a bento served, the registry has the version's training and gate. A registry that does not answer, or has
-forgotten the version, leaves its part out. Which feature moved the score how far is not said: that is another question.
+since when a bento served, the registry has the version's training and gate. Where the registry does not answer, or has
+forgotten the version, table `models` tells what `retrain` recorded there. Which feature moved the score how far is
+not said: that is another question.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.database import connect, predictions, promotions
+from jobs.database import connect, models, predictions, promotions
 from jobs.history import GOOD
 from jobs.registry import Registry, RegistryError
 from jobs.settings import Settings
@@ -28,14 +29,14 @@ class UnknownRequest(LookupError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """One prediction with all that is known of its origin; `training` is empty where the registry has nothing."""
+    """One prediction with all that is known of its origin."""
 
     prediction: dict[str, Any]  # the row of the log, its features apart
     features: dict[str, Any]
     features_age_days: float | None  # when it was made; None: the features came with the request
     promotion: dict[str, Any] | None  # what made this bento the served one; None: older than the record
     training: dict[str, str]
-    training_missing: str  # why `training` is empty
+    training_missing: str  # why the registry has no part in `training`; empty: it has
 
 
 def explain(settings: Settings, request: str) -> list[Explanation]:
@@ -54,7 +55,7 @@ def explain(settings: Settings, request: str) -> list[Explanation]:
                 "what was answered just now, or while the database was away, comes a little later"
             )
         promoted = {row["bento_tag"]: _promotion(connection, row["bento_tag"], row["predicted_at"]) for row in rows}
-    trained = {row["model_version"]: _training(settings, row["model_version"]) for row in rows}
+    trained = {row["model_version"]: _training(settings, engine, row["model_version"]) for row in rows}
     return [_explained(row, promoted[row["bento_tag"]], *trained[row["model_version"]]) for row in rows]
 
 
@@ -67,14 +68,18 @@ def _promotion(connection: sa.Connection, tag: str, at: datetime) -> dict[str, A
     return next(iter(good or found), None)
 
 
-def _training(settings: Settings, number: int) -> tuple[dict[str, str], str]:
+def _training(settings: Settings, engine: sa.Engine, number: int) -> tuple[dict[str, str], str]:
     try:
         version = Registry(settings).version(number)
+        missing = f"the model registry has no version {number} any more"
     except RegistryError as error:
-        return {}, str(error)
-    if version is None:
-        return {}, f"the model registry has no version {number} any more"
-    return {"run_id": version.run_id, **{key: version.tags[key] for key in TRAINING if key in version.tags}}, ""
+        version, missing = None, str(error)
+    if version is not None:
+        return {"run_id": version.run_id, **{key: version.tags[key] for key in TRAINING if key in version.tags}}, ""
+    columns = [models.c[name] for name in ("run_id", "trained_as_of", "data_fingerprint", "gate")]
+    with engine.connect() as connection:
+        recorded = connection.execute(sa.select(*columns).where(models.c.version == number)).mappings().first()
+    return {key: str(value) for key, value in (recorded or {}).items()}, missing
 
 
 def _explained(
@@ -106,11 +111,11 @@ def lines(found: Explanation) -> list[tuple[str, str]]:
     else:
         shown.append(("promoted", "no promotion of it is on record"))
     if training:
-        day, how = training.get("trained_as_of", "?"), training.get("algorithm", "?")
+        day, how = training.get("trained_as_of", "?"), training.get("algorithm", "a model")
         shown.append(("trained", f"{how} on the snapshot of {day}, data {training.get('data_fingerprint', '?')[:12]}"))
         shown.append(("gate", f"{training.get('gate', '?')}: {training.get('gate_reason', '')}"))
-    else:
-        shown.append(("trained", f"not known: {found.training_missing}"))
+    if found.training_missing:
+        shown.append(("" if training else "trained", f"not known: {found.training_missing}"))
     if found.features_age_days is not None:
         stale = ", stale" if row["stale"] else ""
         shown.append(("features as of", f"{row['features_as_of']}, {found.features_age_days:.1f} days old then{stale}"))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from jobs.database import connect, predictions
+from jobs.database import connect, models, predictions
 from jobs.explain import UnknownRequest, explain, lines
 from jobs.promote import promote
 from jobs.settings import Settings
-from tests.jobs.conftest import Trained
+from tests.jobs.conftest import FIRST, Trained
 
 Copy = Callable[..., Settings]
 
@@ -75,16 +75,31 @@ def test_every_user_of_a_request_is_explained(promotable: Copy, trained: Trained
     assert [found.prediction["user_id"] for found in explain(settings, "r1")] == ["0001", "0002"]
 
 
-def test_without_a_registry_the_rest_is_told(promotable: Copy, trained: Trained) -> None:
+def test_without_a_registry_its_part_is_what_retrain_recorded(promotable: Copy, trained: Trained) -> None:
     settings = promotable(mlflow_url="http://127.0.0.1:9")
     answered(settings, trained.first_tag, features_as_of=None, user_id=None)
 
     (found,) = explain(settings, "r1")
 
     shown = dict(lines(found))
-    assert shown["trained"].startswith("not known: MLflow did not answer")
+    recorded = found.training["data_fingerprint"]
+    assert shown["trained"] == f"a model on the snapshot of {FIRST:%Y-%m-%d}, data {recorded[:12]}"
+    assert len(recorded) == 64
+    assert shown["gate"].startswith("passed")
+    assert shown[""].startswith("not known: MLflow did not answer")
     assert "features as of" not in shown
     assert shown["user"].startswith("none: the features came with the request")
+
+
+def test_without_registry_and_record_the_rest_is_told(promotable: Copy, trained: Trained) -> None:
+    settings = promotable(mlflow_url="http://127.0.0.1:9")
+    answered(settings, trained.first_tag)
+    with connect(settings.database).begin() as connection:
+        connection.execute(models.delete())
+
+    (found,) = explain(settings, "r1")
+
+    assert dict(lines(found))["trained"].startswith("not known: MLflow did not answer")
 
 
 def test_an_unknown_request_says_what_was_looked_for(promotable: Copy) -> None:
