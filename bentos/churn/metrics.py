@@ -6,6 +6,7 @@ so a request costs a few additions here.
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ class Metrics:
             info.add_metric([self.info[name] for name in sorted(self.info)], 1)
         yield info
         yield Gauge("churn_ready", "1 if ready", value=float(self.ready))
+        restarts = int(os.environ.get("CHURN_WORKER_RESTARTS", "0"))  # bentos.churn.serve counts them
+        yield Counter("churn_worker_restarts", "Times the worker was killed and started again", value=restarts)
         yield Counter("churn_gc_pauses", "Garbage collections since it was ready", value=self.pauses.count)
         yield Gauge("churn_gc_pause_seconds_max", "The longest of them, in seconds of CPU", value=self.pauses.longest)
         if self.spool is not None and self.shipper is not None:

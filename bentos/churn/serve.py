@@ -10,6 +10,8 @@ process ends as well.
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import signal
 import socket
 import subprocess
@@ -41,9 +43,9 @@ class Arbiter:
         """Until it is told to end or the worker ends by itself; the exit code."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
-        while True:
+        for restarts in itertools.count():
             started = time.monotonic()
-            code = self._run_worker()
+            code = self._run_worker({**os.environ, "CHURN_WORKER_RESTARTS": str(restarts)})
             if self._stopping.is_set():
                 return 0 if code in (0, -signal.SIGTERM) else 1
             if code >= 0 or code == -signal.SIGTERM:
@@ -52,12 +54,13 @@ class Arbiter:
             print(f"the worker was killed by signal {-code}; another starts", file=sys.stderr, flush=True)
             self._stopping.wait(started + START_SECONDS - time.monotonic())
             if self._stopping.is_set():
-                return 0
+                break
+        return 0
 
-    def _run_worker(self) -> int:
+    def _run_worker(self, environment: dict[str, str]) -> int:
         fds = [self._listener.fileno()]
         self._worker = subprocess.Popen(  # in a session of its own: Ctrl-C is for this process
-            self._command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
+            self._command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
         )
         if self._stopping.is_set():  # told so while it was being started
             self._worker.terminate()

@@ -234,6 +234,7 @@ def test_a_killed_worker_is_followed_by_another(bento: Path, own: dict[str, str]
             assert service.worker() != worker
         eventually(lambda: sorted(logged(database)) == sorted(asked))
         assert service.log.count("the worker was killed by signal 9; another starts") == 3
+        assert b"churn_worker_restarts_total 3.0\n" in service.get("/metrics").body
 
 
 def test_a_worker_that_ends_by_itself_ends_the_service(bento: Path, own: dict[str, str], tmp_path: Path) -> None:
