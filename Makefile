@@ -61,7 +61,7 @@ test-cluster: setup ## Run the tests of the chart, and those on a real Kubernete
 
 test-faults: setup ## Break a release on that node in every way while clients ask; writes tests/cluster/results/faults.json
 	@$(BIN)/python -m tests.cluster.local node
-	$(BIN)/pytest tests/cluster/test_faults.py -s
+	$(BIN)/pytest tests/cluster -m faults -s
 
 bench: setup ## Measure what the commands cost, and the service against three other builds (needs wrk, redis, postgresql)
 	@$(BIN)/python -W ignore -m tests.bench.commands

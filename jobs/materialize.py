@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from bentos.churn.database import sqlite_path
-from bentos.churn.online import entity_key
+from bentos.churn.online import StoreDown, decode_value, entity_key
 from feature_repo.columns import ENTITY, FEATURE_TABLES, POPULATION, view_name
 from jobs import dataset
 from jobs.lease import Held, lease
@@ -63,11 +63,19 @@ def materialize(settings: Settings, *, as_of: datetime, dry_run: bool = False) -
     corrected data replaces the old. Raises LookupError without a snapshot, OnlineMismatch if what is read back
     differs from what was written. While another does it the result is `held`.
     """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from redis.exceptions import ResponseError
+
     if dry_run:
         return _materialize(settings, as_of=as_of, dry_run=True)
     try:
         with lease(settings, "materialize"):
-            return _materialize(settings, as_of=as_of, dry_run=False)
+            try:
+                return _materialize(settings, as_of=as_of, dry_run=False)
+            except (ResponseError, DecodeError):
+                if not _drop_damaged(settings):
+                    raise
+                return _materialize(settings, as_of=as_of, dry_run=False)
     except Held as held:
         return MaterializeResult("held", str(held))
 
@@ -98,12 +106,62 @@ def _materialize(settings: Settings, *, as_of: datetime, dry_run: bool) -> Mater
     if online == end and _forget_removed(settings, store, snapshots, day):
         start = end - settings.feature_ttl  # what was true of them before is written again
     log.info("materializing (%s, %s]: %d users, full=%s", start, end, users, full)
-    for begin, until in _windows(snapshots, start, end):
-        with contextlib.redirect_stdout(io.StringIO()):  # Feast prints; our standard output is for people and --json
-            store.materialize(start_date=begin + timedelta(seconds=1), end_date=until)
+    windows = _windows(snapshots, start, end)
+    if settings.online_store.startswith("sqlite"):
+        _write(store, windows)
+    else:  # the newest first, so that nobody gets what was true before; the older ones then fill gaps, and those alone
+        _write(store, windows[-1:])
+        older = dataset.feature_store(settings)
+        older.config.online_store.skip_dedup = False
+        _write(older, windows[:-1])
     _write_sentinel(store, end)
     compared = read_back(settings, store, day)
     return MaterializeResult("materialized", reason, day, start, users, full, compared)
+
+
+def _write(store: FeatureStore, windows: Sequence[tuple[datetime, datetime]]) -> None:
+    for begin, until in windows:
+        with contextlib.redirect_stdout(io.StringIO()):  # Feast prints; our standard output is for people and --json
+            store.materialize(start_date=begin + timedelta(seconds=1), end_date=until)
+
+
+def _drop_damaged(settings: Settings) -> int:
+    """Delete users' rows in Redis that cannot be read, and which Feast cannot write over either; how many."""
+    if settings.online_store.startswith("sqlite"):
+        return 0
+    from redis import Redis
+    from redis.exceptions import ResponseError
+
+    from bentos.churn.redis_store import decode_instant, field_name
+
+    plan, snapshots = dataset.features_of(dataset.feature_store(settings)), Snapshots(settings.snapshots)
+    fields = [field_name(feature.view, feature.name) for feature in plan]
+    stamps = [f"_ts:{view}" for view in dict.fromkeys(feature.view for feature in plan)]
+
+    def damaged(row: Any) -> bool:
+        try:
+            for at, value in enumerate([] if isinstance(row, ResponseError) else row):
+                if value is not None:
+                    decode_value(value) if at < len(fields) else decode_instant(value)
+        except StoreDown:
+            return True
+        return isinstance(row, ResponseError)
+
+    users = [SENTINEL, *sorted({user for day in snapshots.days() for user in snapshots.read(POPULATION, day).index})]
+    count = 0
+    with Redis.from_url(settings.online_store, socket_timeout=60) as client:
+        for start in range(0, len(users), CHUNK):
+            keys = [entity_key(user) + settings.feast_project.encode() for user in users[start : start + CHUNK]]
+            with client.pipeline(transaction=False) as pipeline:
+                for key in keys:
+                    pipeline.hmget(key, [*fields, *stamps])
+                rows = pipeline.execute(raise_on_error=False)
+            odd = [key for key, row in zip(keys, rows, strict=True) if damaged(row)]
+            count += len(odd)
+            if odd:
+                client.delete(*odd)
+    log.warning("%d rows of users online were damaged; they are written anew", count)
+    return count
 
 
 def _forget_removed(settings: Settings, store: FeatureStore, snapshots: Snapshots, day: date) -> int:

@@ -460,7 +460,8 @@ class Promoter:
             if served not in (row.from_tag, None) and row.action not in ("pin", "restore"):
                 raise _WorldFault(f"the served tag was changed to {served} meanwhile")
             before = self.serving.rollout()
-            if before.failure and any(pod.ready and pod.bento_tag == served for pod in before.pods):
+            failing = before.failure and any(pod.ready and pod.bento_tag == served for pod in before.pods)
+            if failing and row.action == "promote":  # what mends or takes back is not held up by what it mends
                 raise _WorldFault(f"new pods fail already with {served}, which serves: {before.failure}")
             log.info("served_tag %s -> %s", served, tag)
             self.serving.set_served_tag(old=served, new=tag, fence=row.id, soak=self._soak(served, tag))

@@ -75,7 +75,8 @@ def is_complete(folder: Path, sha256: str) -> bool:
 
 def _unpack(data: bytes, folder: Path) -> None:
     try:
-        with tarfile.open(fileobj=io.BytesIO(_decompress(data)), mode="r:") as tar:
+        source: Any = _Decompressed(data) if data.startswith(_XZ) else io.BytesIO(data)
+        with tarfile.open(fileobj=source, mode="r|") as tar:
             size = 0
             for count, member in enumerate(tar, 1):
                 _check(member)
@@ -83,6 +84,8 @@ def _unpack(data: bytes, folder: Path) -> None:
                 if count > MAX_MEMBERS or size > MAX_BYTES:
                     raise ArchiveError(f"the archive has more than {MAX_MEMBERS:,} members or {MAX_BYTES:,} bytes")
                 _write(tar, member, folder)
+        while source.read(tarfile.RECORDSIZE):  # what follows the last member counts, too
+            pass
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:  # a full disk does not make it a bad archive
             raise
@@ -110,17 +113,26 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
         shutil.copyfileobj(content, file)
 
 
-def _decompress(data: bytes) -> bytes:
-    """The tar in a `.bento`, which is compressed by xz; never more than the limit is made of it."""
-    if not data.startswith(_XZ):
-        return data
-    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**28)
-    tar = decompressor.decompress(data, max_length=MAX_BYTES + 1)
-    if len(tar) > MAX_BYTES:
-        raise ArchiveError(f"the archive has more than {MAX_BYTES:,} bytes")
-    if not decompressor.eof:
-        raise ArchiveError("the archive ends too early")
-    return tar
+class _Decompressed:
+    """The tar in a `.bento`, which is compressed by xz, read in pieces; never more than the limit is made of it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
+        self._data = data
+        self._made = 0
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes, none at the end."""
+        piece = b""
+        while not piece and not self._decompressor.eof:
+            if self._decompressor.needs_input and not self._data:
+                raise ArchiveError("the archive ends too early")
+            piece = self._decompressor.decompress(self._data, max_length=size)
+            self._data = b""
+        self._made += len(piece)
+        if self._made > MAX_BYTES:
+            raise ArchiveError(f"the archive has more than {MAX_BYTES:,} bytes")
+        return piece
 
 
 def _check(member: tarfile.TarInfo) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import lzma
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -125,6 +127,29 @@ def test_a_bomb_is_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ArchiveError, match="more than"):
             archive.extract(data, sha256(data), tmp_path / "inner" / "bento")
     assert everything(tmp_path) <= {"inner"}
+
+
+def test_a_bomb_takes_no_memory(tmp_path: Path) -> None:
+    """150 KB of xz that would be a gigabyte: what reads it has a pod's memory."""
+    bomb = tmp_path / "bomb"
+    compressor = lzma.LZMACompressor()
+    with bomb.open("wb") as file:
+        for _ in range(archive.MAX_BYTES // 2**24 + 1):
+            file.write(compressor.compress(bytes(2**24)))
+        file.write(compressor.flush())
+    code = f"""
+from pathlib import Path
+from bentos.churn import archive
+try:
+    archive.extract(Path({str(bomb)!r}), {sha256(bomb.read_bytes())!r}, Path({str(tmp_path / "bento")!r}))
+except archive.ArchiveError as error:
+    print(error, Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], sep="|")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+
+    said, peak = done.stdout.split("|")
+    assert "the archive has more than 1,073,741,824 bytes" in said
+    assert int(peak) < 100_000, "KB"
 
 
 def test_ten_gigabytes_are_refused_by_their_header(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def takes(schema: Object, value: Any) -> bool:
     schema = resolve(schema)
     assert not set(schema) - {
         "type", "enum", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "uniqueItems",
-        "items", "description", "minLength", "not",
+        "items", "description", "minLength", "anyOf",
     }, schema  # fmt: skip
     kinds = {
         "string": isinstance(value, str),
@@ -211,7 +211,7 @@ def takes(schema: Object, value: Any) -> bool:
         return bool(
             schema.get("minimum", value) <= value <= schema.get("maximum", value)
             and schema.get("exclusiveMinimum", value - 1) < value < schema.get("exclusiveMaximum", value + 1)
-            and not ("not" in schema and schema["not"]["minimum"] <= value <= schema["not"]["maximum"])
+            and any(value == o.get("const", value) and value >= o.get("minimum", value) for o in schema.get("anyOf", [{}]))
         )
     if kinds["array"]:
         twice = schema.get("uniqueItems") and len({*map(str, value)}) < len(value)

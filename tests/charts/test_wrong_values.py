@@ -5,9 +5,15 @@ What only the cluster knows (a Secret that is missing, a release that is there) 
 
 from __future__ import annotations
 
-import pytest
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
 
-from tests.charts.rendering import Chart
+import pytest
+import yaml
+
+from tests.charts.rendering import CHART, Chart
 
 UNKNOWN = "additional properties {!r} not allowed"
 
@@ -257,6 +263,11 @@ CONTRADICTIONS: list[Case] = [
         "externalRedis: {existingSecret: b}, serving: {apiKeys: {existingSecret: c}}}",
         "serving.apiKeys.existingSecret", "Make one with key probe-token",
     ),
+    (
+        "{existingSecret: all, serving: {apiKeys: {existingSecret: all}}}",
+        "serving.apiKeys.existingSecret is all", "Make a Secret of its own",
+    ),
+    ("promotion: {replayRequests: 50}", "promotion.replayRequests", "minimum: got 50, want 100"),
     ("serving: {apiKeys: {existingSecret: Keys!}}", "serving.apiKeys.existingSecret", "does not match"),
     ("serving: {apiKeys: [abc]}", "serving.apiKeys", "got array, want object"),
     ("fullnameOverride: Churn!", "fullnameOverride", "a-z, 0-9 and -"),
@@ -302,6 +313,89 @@ def test_is_refused_and_the_message_names_the_key(chart: Chart, values: str, key
     assert named, f"{key} is not named in:\n{done.stderr}"
     assert said in done.stderr
     assert "hunter2" not in done.stderr, "a password is not repeated"
+
+
+# ---- every key, every form -------------------------------------------------------------------------------
+
+Schema = dict[str, Any]
+Path = tuple[str, ...]
+SCHEMA: Schema = json.loads((CHART / "values.schema.json").read_text())
+
+
+def resolved(node: Schema) -> Schema:
+    """A part of the schema with what it refers to."""
+    for part in [*node.get("allOf", ()), node]:
+        if "$ref" in part:
+            found: Any = SCHEMA
+            for name in part["$ref"].split("/")[1:]:
+                found = found[name]
+            node = {**resolved(found), **node}
+    return node
+
+
+def keys(node: Schema, path: Path = ()) -> Iterator[tuple[Path, Schema]]:
+    """Every key there is, with what the schema says of it."""
+    for name, child in resolved(node).get("properties", {}).items():
+        yield (*path, name), resolved(child)
+        yield from keys(child, (*path, name))
+
+
+KEYS = list(keys(SCHEMA))
+TEXT = "no such value!"
+FORM = r"does not match pattern|value must be one of|got string, want"
+
+
+def wrong_values() -> Iterator[tuple[str, Path, object, str]]:
+    """What is wrong, the key, its value, and what has to be said of it: that it is unknown, or what would be right."""
+    for path, node in KEYS:
+        kinds = node.get("type", "enum")
+        misspelt = path[-1] + path[-1][-1]
+        yield "misspelt", (*path[:-1], misspelt), 1, f"additional properties .*'{re.escape(misspelt)}'.* not allowed"
+        if kinds != "array":
+            yield f"a list {len(path)}", path, [1], r"value must be one of|got array, want \w"
+        if "pattern" in node or kinds not in ("string", ["string"]):
+            yield f"a text {len(path)}", path, TEXT, FORM
+        for bound, step in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", 0), ("exclusiveMaximum", 0)):
+            if bound in node:
+                yield bound, path, node[bound] + step, f"{bound}: got .*, want"
+        if "minLength" in node:
+            yield "empty", path, "", "minLength: got 0, want"
+        if kinds == "array":
+            yield "a list in it", path, [[1]], "value must be one of|got array, want"
+        if isinstance(node.get("additionalProperties"), dict):
+            yield "a list in it", path, {"a": [1]}, "got array, want"
+
+
+def at_once(wrong: list[tuple[Path, object]]) -> str:
+    """Values with all of these in them."""
+    values: dict[str, Any] = {}
+    for path, value in wrong:
+        group = values
+        for name in path[:-1]:
+            group = group.setdefault(name, {})
+        group[path[-1]] = value
+    return yaml.safe_dump(values)
+
+
+def test_every_key_misspelt_and_every_form_broken_is_refused(chart: Chart) -> None:
+    """By the dozen, as Helm names all that the schema refuses: each has to be in the message, at its place."""
+    kinds: dict[str, list[tuple[Path, object, str]]] = {}
+    for kind, path, value, said in wrong_values():
+        kinds.setdefault(kind, []).append((path, value, said))
+    taken = []
+    for kind, wrong in kinds.items():
+        done = chart.run("template", "churn", chart.folder, "-f", "-", values=at_once([(p, v) for p, v, _ in wrong]))
+        assert done.returncode, kind
+        lines = done.stderr.splitlines()
+        for path, value, said in wrong:
+            place = "/".join(["", *(path[:-1] if kind == "misspelt" else path)])
+            about = [line for line in lines if re.search(f"at '{place}(/0|/a)?':", line)]
+            if not any(re.search(said, line) for line in about):
+                taken.append(f"{kind}: {'.'.join(path)}: {value!r}: {about}")
+    count = sum(len(wrong) for wrong in kinds.values())
+    print(f"\n36 wrong values: {count - len(taken)} refused of {count}, and a table of {len(ALL)}")
+    assert taken == []
+    assert count >= 800
 
 
 def test_everything_that_contradicts_is_said_at_once(chart: Chart) -> None:

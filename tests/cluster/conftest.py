@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from datetime import date
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.commands import Cluster, find_cluster
+from tests.cluster.faults import quiet
 from tests.cluster.release import IMAGES, MakeRelease, Release
 from tests.cluster.story import FIRST, SECOND, Snapshots, Story
 
@@ -109,3 +111,34 @@ def snapshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def story(make_release: MakeRelease, snapshots: Snapshots) -> Story:
     """The story of the first model and the second, told as far as a test asks for."""
     return Story(make_release("story", host="story.example.com"), snapshots)
+
+
+# ---- for test_faults*.py: what breaks a release ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def release(story: Story) -> Iterator[Release]:
+    """The release of the story: version 2 serves, version 1 did; promotion looks when it is told to."""
+    assert story.promoted
+    story.release.upgrade({"jobs": {"promote": {"suspend": True}}})
+    story.release.bootstrapped()  # what an upgrade starts is a promotion too
+    quiet(story.release)
+    yield story.release
+    story.release.upgrade({"jobs": {"promote": {"suspend": False}}})
+
+
+@pytest.fixture
+def node() -> None:
+    """Processes of pods are this machine's."""
+    if os.environ.get("CONTEXT"):
+        pytest.skip("needs the node of tests/cluster/node, whose processes run on this machine")
+
+
+@pytest.fixture(scope="module")
+def pair(release: Release) -> Release:
+    """Two pods: one answers while the other goes. A bento never ready is given up after 45 s, 20 of them the soak."""
+    promotion = {"promotionDeadline": "25s", "promotionSoak": "20s"}
+    release.upgrade({"serving": {"replicas": 2}, "promotion": promotion})
+    release.bootstrapped()
+    release.wait_rolled_out()
+    return release

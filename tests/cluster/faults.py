@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ from bentos.churn.model import Scorer
 from tests.broken_bentos import Change, changed
 from tests.cluster.clients import Clients, Reply
 from tests.cluster.commands import Cluster, NotYet, wait_until
-from tests.cluster.release import TAG, Release
+from tests.cluster.release import TAG, JobEnd, Release
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 GOOD = ("promoted", "rolled_back")  # results after which `to_tag` serves
@@ -53,6 +53,11 @@ for name, module in list(sys.modules.items()):
 jobs.cli.app()
 """  # what `churn` does, by another clock; the kernel's is everybody's
 SAMPLE = 25  # scores of each tag that are computed again
+CONVERGED = 90.0  # seconds for the run after a killed one, from its start
+NORMAL = 60.0  # seconds until all is as before, once what was broken works again
+JOB_FAILS = 60.0  # seconds until a job that lacks a store says so
+REFUSED = 1.0  # seconds of the slowest look-up while the online store is away
+SAID = 500  # characters of what clients say
 IN_A_ROW = 20  # answers after which clients are served as before
 
 Row = dict[str, Any]
@@ -160,7 +165,7 @@ def fault(
     history = History.of(release, clients)
     result = Result(name, len(clients.replies), len(clients.failed), len(history.unlogged), round(happened.seconds, 1))
     record(result)
-    print(f"\n{json.dumps(asdict(result))}\n  {clients}")
+    print(f"\n{json.dumps(asdict(result))}\n  {str(clients)[:SAID]}")
     history.check()
     history.check_scores(lambda tag: scorer(release, tag))
     unexpected = [reply for reply in clients.failed if not (refused and re.search(refused, reply.error))]
@@ -294,6 +299,72 @@ def scorer(release: Release, tag: str) -> Score:
     return score
 
 
+# ---- promotion, when a test wants it ---------------------------------------------------------------------
+
+
+def quiet(release: Release) -> None:
+    """No Job of the CronJob is at work any more."""
+
+    def none_active() -> bool:
+        active = release.get("cronjob", "promote").get("status", {}).get("active", [])
+        if active:
+            raise NotYet(f"{[job['name'] for job in active]} at work")
+        return True
+
+    wait_until("no promote is at work", none_active, within=120)
+    release.wait_rolled_out()
+
+
+def promote(release: Release, *, complete: bool = True) -> JobEnd:
+    """One run of promote, and that it ended so."""
+    end = release.job_from_cronjob("promote")
+    assert end.complete is complete, end
+    return end
+
+
+def other(release: Release) -> int:
+    """The version of the story that does not serve now."""
+    return 3 - release.served_version()
+
+
+def new_rows(release: Release, before: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    """Action, version and result of promotions that came since."""
+    return [(row["action"], row["to_version"], row["result"]) for row in release.promotions()[len(before) :]]
+
+
+def serve(release: Release, version: int) -> None:
+    """Version 1 or 2 serves, by a promotion if it does not."""
+    if release.served_version() != version:
+        release.move_alias(version)
+        promote(release)
+    release.wait_served(version, within=NORMAL)
+
+
+def tag_of(release: Release, version: int) -> str:
+    """The tag of the version's bento."""
+    (row,) = release.rows(f"SELECT tag FROM bentos WHERE model_version = {version}")
+    return str(row["tag"])
+
+
+def see_it_fail(happened: Fault, tag: str) -> None:
+    """A run of promote that is undone, with one pod of the new tag at most; time counts from the check that failed."""
+    release, most = happened.release, 0
+    job = release.start_job("promote")
+
+    def ended() -> bool:
+        nonlocal most
+        most = max(most, tags_of_pods(release).count(tag))
+        return bool(release.get("job", job).get("status", {}).get("conditions"))
+
+    wait_until(f"Job {job} ends", ended, within=300)
+    end = release.job_end(job)
+    assert not end.complete, end
+    assert most == 1, f"{most} pods had the tag {tag}"
+    undone = re.search(r"^(\S+ \S+) ERROR jobs\.promote: promotion \d+ is undone", end.log, re.MULTILINE)
+    assert undone, end
+    happened.mended(datetime.strptime(undone[1], "%Y-%m-%d %H:%M:%S,%f").replace(tzinfo=UTC))
+
+
 # ---- ways to break things --------------------------------------------------------------------------------
 
 
@@ -305,21 +376,25 @@ def stored_archive(release: Release, tag: str) -> bytes:
     return data
 
 
-def store_archive(release: Release, tag: str, data: bytes) -> None:
-    """Put another archive in its place, its checksum with it: what a bad build would have stored."""
-    text, sha256 = base64.b64encode(data).decode(), hashlib.sha256(data).hexdigest()
-    release.sql(f"UPDATE bentos SET archive = decode('{text}', 'base64'), sha256 = '{sha256}' WHERE tag = '{tag}'")
-
-
 @contextmanager
-def rewritten(release: Release, tag: str, name: str, change: Change) -> Iterator[None]:
-    """One file in a stored archive is another for the block."""
+def stored_as(release: Release, tag: str, data: bytes, sha256: str = "") -> Iterator[None]:
+    """Another archive in its place for the block; with its own checksum, as of a bad build, or with that."""
+
+    def store(archive: bytes, sha256: str) -> None:
+        text = base64.b64encode(archive).decode()
+        release.sql(f"UPDATE bentos SET archive = decode('{text}', 'base64'), sha256 = '{sha256}' WHERE tag = '{tag}'")
+
     before = stored_archive(release, tag)
-    store_archive(release, tag, changed(before, {name: change}))
+    store(data, sha256 or hashlib.sha256(data).hexdigest())
     try:
         yield
     finally:
-        store_archive(release, tag, before)
+        store(before, hashlib.sha256(before).hexdigest())
+
+
+def rewritten(release: Release, tag: str, name: str, change: Change) -> AbstractContextManager[None]:
+    """One file in a stored archive is another for the block."""
+    return stored_as(release, tag, changed(stored_archive(release, tag), {name: change}))
 
 
 def scale(release: Release, store: str, replicas: int) -> None:
@@ -367,6 +442,19 @@ def kill(release: Release, pod: str) -> None:
             os.kill(process, signal.SIGKILL)
 
 
+def worker(release: Release, pod: str) -> int:
+    """The process of the pod that answers, once it is ready; raises NotYet while it is not."""
+    path = f"/api/v1/namespaces/{release.namespace}/pods/{pod}:3000/proxy/readyz"
+    said = release.cluster.run(["kubectl", f"--context={release.cluster.context}", "get", "--raw", path], check=False)
+    if said.returncode:
+        raise NotYet(f"{pod} is not ready: {said.stderr}")
+    for process in processes(release.cluster, release.namespace, pod):
+        with suppress(OSError):
+            if b"_bentoml_impl.worker" in Path(f"/proc/{process}/cmdline").read_bytes():
+                return process
+    raise NotYet(f"{pod} has no worker")
+
+
 def restarts(release: Release, pod: str) -> int:
     """How often the pod's container was started again; raises NotYet while it is not ready."""
     (status,) = release.get("pod", pod)["status"]["containerStatuses"]
@@ -388,6 +476,53 @@ def stopped(cluster: Cluster, namespace: str, pod: str) -> Iterator[None]:
             os.kill(process, signal.SIGCONT)
 
 
+@contextmanager
+def cut_off(release: Release, pod: str, port: int, *, reset: bool = False) -> Iterator[None]:
+    """What is sent to a port of the pod is lost for the block, or answered by a reset; its own probes are local."""
+    process = processes(release.cluster, release.namespace, pod)[0]
+    answer = ["REJECT", "--reject-with", "tcp-reset"] if reset else ["DROP"]
+
+    def change(how: str) -> None:
+        rule = ["INPUT", "--protocol", "tcp", "--dport", str(port), "!", "--in-interface", "lo", "--jump", *answer]
+        release.cluster.run(["nsenter", f"--net=/proc/{process}/ns/net", "iptables", "--wait", how, *rule])
+
+    change("--insert")
+    try:
+        yield
+    finally:
+        change("--delete")
+
+
+def threads(release: Release) -> int:
+    """Of the serving pod that has most of them."""
+    pods = (processes(release.cluster, release.namespace, pod) for pod in names(release, "serving"))
+    return max(sum(len(list(Path(f"/proc/{process}/task").glob("*"))) for process in found) for found in pods)
+
+
+def score_features(release: Release, seconds: float) -> None:
+    """Send features instead of an id for so long; each time a score comes back."""
+    (row,) = release.rows("SELECT features FROM predictions WHERE source = 'client' ORDER BY predicted_at DESC LIMIT 1")
+    end, features = time.monotonic() + seconds, json.loads(row["features"])
+
+    def over() -> bool:
+        status, body = release.address.post({"features": features}, "test-raw-features")
+        assert status == 200, body
+        return time.monotonic() > end
+
+    wait_until("the time is over", over, within=seconds + 10, every=0.2)
+
+
+def metric(release: Release, name: str) -> float:
+    """The sum of a metric over all serving pods."""
+    total = 0.0
+    for pod in names(release, "serving"):
+        page = release.cluster.kubectl(
+            "get", "--raw", f"/api/v1/namespaces/{release.namespace}/pods/{pod}:3000/proxy/metrics"
+        )
+        total += sum(float(line.split()[-1]) for line in page.splitlines() if re.match(rf"{name}[{{ ]", line))
+    return total
+
+
 def evict(release: Release, pod: str) -> None:
     """As `kubectl drain` does it, which asks PodDisruptionBudgets."""
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
@@ -400,6 +535,22 @@ def names(release: Release, component: str) -> list[str]:
     return sorted(pod["metadata"]["name"] for pod in release.pods(component))
 
 
+def says_why(release: Release, job: str) -> str:
+    """The one sentence with which a Job failed, in time."""
+    end = release.job_end(job)
+    assert not end.complete, end
+    pods = release.get("pods", f"--selector=batch.kubernetes.io/job-name={job}")["items"]
+    for pod in pods:
+        (container,) = pod["status"]["containerStatuses"]
+        ended = container["state"]["terminated"]
+        took = when(ended["finishedAt"]) - when(ended["startedAt"])
+        assert took.total_seconds() <= JOB_FAILS, f"{job} took {took}: {end}"
+    said = [line for line in end.log.splitlines() if line.startswith("churn: ")]
+    assert len(said) == 1 and end.log.rstrip().endswith(said[0]), end
+    print(f"\n  {job}: {said[0]}")
+    return said[0]
+
+
 def tags_of_pods(release: Release) -> list[str]:
     """The tag of each pod that serves or starts."""
     return [str((pod["metadata"].get("annotations") or {}).get(TAG)) for pod in release.pods("serving")]
@@ -407,12 +558,17 @@ def tags_of_pods(release: Release) -> list[str]:
 
 def start_promote_by_another_clock(release: Release, name: str, *, hours: int, failpoint: str) -> str:
     """A Job of promote for which it is so many hours later; its name."""
+    return start_python(release, name, CLOCK.format(hours=hours), failpoint=failpoint)
+
+
+def start_python(release: Release, name: str, code: str, *, failpoint: str = "") -> str:
+    """A Job like those of promote that runs this code instead, once; its name."""
     made = json.loads(
         release.kubectl("create", "job", "--from=cronjob/promote", name, "--dry-run=client", "-o", "json")
     )
     made["spec"]["backoffLimit"] = 0
     container = made["spec"]["template"]["spec"]["containers"][0]
-    container["command"] = ["python", "-c", CLOCK.format(hours=hours)]
+    container["command"] = ["python", "-c", code]
     container["env"].append({"name": "CHURN_FAILPOINT", "value": failpoint})
     release.create(made)
     return name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -23,7 +23,9 @@ from tests.broken_bentos import BREAKS, WORSE
 from tests.cluster.clients import Reply, in_order
 from tests.cluster.commands import NotYet, wait_until
 from tests.cluster.faults import (
-    Fault,
+    CONVERGED,
+    NORMAL,
+    REFUSED,
     History,
     Result,
     Row,
@@ -31,27 +33,31 @@ from tests.cluster.faults import (
     fault,
     kill,
     names,
+    new_rows,
+    other,
+    promote,
     record,
     restarts,
     rewritten,
+    says_why,
+    score_features,
+    see_it_fail,
+    serve,
     start_promote_by_another_clock,
     stopped,
-    tags_of_pods,
-    when,
+    tag_of,
     without,
+    worker,
 )
 from tests.cluster.node.node import restart_kubelet
-from tests.cluster.release import JobEnd, Release
-from tests.cluster.story import Story
+from tests.cluster.release import Release
 
 PROMOTE_STEPS = [step for step in STEPS if step.startswith("promote.")]
-CONVERGED = 90.0  # seconds for the run after a killed one, from its start
 FIRST_POD = 15.0  # seconds from a rollback's command to the first answer of the old tag
-NORMAL = 60.0  # seconds until all is as before, once what was broken works again
 PUT_BACK = 60.0  # seconds from the failed check of a bento until the old one is wanted, named and alone again
 SURGE_FAILED = 200  # requests that one pod may fail before it is noticed
-JOB_FAILS = 60.0  # seconds until a job that lacks a store says so
-REFUSED = 1.0  # seconds of the slowest look-up while the online store is away
+KILLS, FEWEST = 100, 50  # depending on how busy the machine is
+KILLING = 180.0  # seconds for them
 OUTAGE = 60.0  # seconds that a store or the API server is away
 HEARTBEAT = 30.0  # seconds after which a kubelet has told the API server of its pods again
 
@@ -167,57 +173,6 @@ def test_results_are_merged_by_fault(tmp_path: Path) -> None:
         {"fault": name, "sent": 100, "failed": 0, "unlogged": 0, "seconds_to_normal": 1.5}
         for name in ("5 promote killed", "10 Postgres killed")
     ]
-
-
-# ---- the release -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def release(story: Story) -> Iterator[Release]:
-    """The release of the story: version 2 serves, version 1 did; promotion looks when it is told to."""
-    assert story.promoted
-    story.release.upgrade({"jobs": {"promote": {"suspend": True}}})
-    story.release.bootstrapped()  # what an upgrade starts is a promotion too
-    quiet(story.release)
-    yield story.release
-    story.release.upgrade({"jobs": {"promote": {"suspend": False}}})
-
-
-@pytest.fixture
-def node() -> None:
-    """Processes of pods are this machine's."""
-    if os.environ.get("CONTEXT"):
-        pytest.skip("needs the node of tests/cluster/node, whose processes run on this machine")
-
-
-def quiet(release: Release) -> None:
-    """No Job of the CronJob is at work any more."""
-
-    def none_active() -> bool:
-        active = release.get("cronjob", "promote").get("status", {}).get("active", [])
-        if active:
-            raise NotYet(f"{[job['name'] for job in active]} at work")
-        return True
-
-    wait_until("no promote is at work", none_active, within=120)
-    release.wait_rolled_out()
-
-
-def promote(release: Release, *, complete: bool = True) -> JobEnd:
-    """One run of promote, and that it ended so."""
-    end = release.job_from_cronjob("promote")
-    assert end.complete is complete, end
-    return end
-
-
-def other(release: Release) -> int:
-    """The version of the story that does not serve now."""
-    return 3 - release.served_version()
-
-
-def new_rows(release: Release, before: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
-    """Action, version and result of promotions that came since."""
-    return [(row["action"], row["to_version"], row["result"]) for row in release.promotions()[len(before) :]]
 
 
 # ---- promotion killed, twice at once, many times ---------------------------------------------------------
@@ -372,49 +327,6 @@ def test_twenty_promotions_and_rollbacks_in_a_row(release: Release) -> None:
 # ---- bad bentos; from here on there are two pods ---------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pair(release: Release) -> Release:
-    """Two pods, so that one answers while the other goes. A bento that is never ready is given up after 45 s, 20 of them the soak."""
-    promotion = {"promotionDeadline": "25s", "promotionSoak": "20s"}
-    release.upgrade({"serving": {"replicas": 2}, "promotion": promotion})
-    release.bootstrapped()
-    release.wait_rolled_out()
-    return release
-
-
-def serve(release: Release, version: int) -> None:
-    """Version 1 or 2 serves, by a promotion if it does not."""
-    if release.served_version() != version:
-        release.move_alias(version)
-        promote(release)
-    release.wait_served(version, within=NORMAL)
-
-
-def tag_of(release: Release, version: int) -> str:
-    """The tag of the version's bento."""
-    (row,) = release.rows(f"SELECT tag FROM bentos WHERE model_version = {version}")
-    return str(row["tag"])
-
-
-def see_it_fail(happened: Fault, tag: str) -> None:
-    """A run of promote that is undone, with one pod of the new tag at most; time counts from the check that failed."""
-    release, most = happened.release, 0
-    job = release.start_job("promote")
-
-    def ended() -> bool:
-        nonlocal most
-        most = max(most, tags_of_pods(release).count(tag))
-        return bool(release.get("job", job).get("status", {}).get("conditions"))
-
-    wait_until(f"Job {job} ends", ended, within=300)
-    end = release.job_end(job)
-    assert not end.complete, end
-    assert most == 1, f"{most} pods had the tag {tag}"
-    undone = re.search(r"^(\S+ \S+) ERROR jobs\.promote: promotion \d+ is undone", end.log, re.MULTILINE)
-    assert undone, end
-    happened.mended(datetime.strptime(undone[1], "%Y-%m-%d %H:%M:%S,%f").replace(tzinfo=UTC))
-
-
 @on_the_cluster
 @pytest.mark.parametrize("reason", BREAKS)
 def test_bad_bento_takes_the_surge_pod_and_no_more(pair: Release, reason: str) -> None:
@@ -531,6 +443,25 @@ def test_serving_containers_killed(pair: Release) -> None:
 
 
 @on_the_cluster
+@pytest.mark.usefixtures("node")
+def test_workers_killed(pair: Release) -> None:
+    """SIGKILL for the process that answers, in one pod and the other in turn, when the one before is back."""
+    version, pods, kills = pair.served_version(), names(pair, "serving"), 0
+    with fault(pair, "8 workers killed for three minutes", again=1.0) as happened:
+        end = time.monotonic() + KILLING
+        while kills < KILLS and time.monotonic() < end:
+            pod = pods[kills % len(pods)]
+            killed = worker(pair, pod)
+            os.kill(killed, signal.SIGKILL)
+            happened.mended()
+            kills += 1
+            wait_until(f"{pod} has another", lambda p=pod, k=killed: worker(pair, p) != k, within=NORMAL, every=0.1)  # type: ignore[misc]
+        happened.normal(version, within=NORMAL)
+    print(f"  {kills} kills; {happened.clients.repeated} requests were asked twice")
+    assert kills >= FEWEST
+
+
+@on_the_cluster
 def test_serving_pods_evicted(pair: Release) -> None:
     """One after the other by the Eviction API, as a drain does it."""
     version = pair.served_version()
@@ -556,22 +487,6 @@ def test_kubelet_restarted(pair: Release) -> None:
 
 
 # ---- stores ----------------------------------------------------------------------------------------------
-
-
-def says_why(release: Release, job: str) -> str:
-    """The one sentence with which a Job failed, in time."""
-    end = release.job_end(job)
-    assert not end.complete, end
-    pods = release.get("pods", f"--selector=batch.kubernetes.io/job-name={job}")["items"]
-    for pod in pods:
-        (container,) = pod["status"]["containerStatuses"]
-        ended = container["state"]["terminated"]
-        took = when(ended["finishedAt"]) - when(ended["startedAt"])
-        assert took.total_seconds() <= JOB_FAILS, f"{job} took {took}: {end}"
-    said = [line for line in end.log.splitlines() if line.startswith("churn: ")]
-    assert len(said) == 1 and end.log.rstrip().endswith(said[0]), end
-    print(f"\n  {job}: {said[0]}")
-    return said[0]
 
 
 @on_the_cluster
@@ -608,15 +523,10 @@ def test_postgres_killed(pair: Release) -> None:
 def test_valkey_killed_and_away(pair: Release) -> None:
     """Look-ups answer 503 in time, raw features still score."""
     version, (pod,) = pair.served_version(), names(pair, "valkey")
-    (row,) = pair.rows("SELECT features FROM predictions WHERE source = 'client' ORDER BY predicted_at DESC LIMIT 1")
     with fault(pair, "15 Valkey killed, then away for 10 s", refused="store_down") as happened:
         kill(pair, pod)
         with without(pair, "valkey"):
-            end = time.monotonic() + 10
-            while time.monotonic() < end:
-                status, body = pair.address.post({"features": json.loads(row["features"])}, "test-raw-features")
-                assert status == 200, body
-                time.sleep(0.2)
+            score_features(pair, 10)
         happened.mended()
         happened.normal(version, within=NORMAL)
     slowest = max(reply.seconds for reply in happened.clients.failed)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.release import Release
+from tests.cluster.commands import NotYet, wait_until
+from tests.cluster.faults import Result, record
+from tests.cluster.release import MakeRelease, Release
 
 pytestmark = pytest.mark.cluster
 
@@ -45,6 +47,7 @@ MAY: dict[str, dict[str, str]] = {
     "churn-promote": {**_JOB, **_PROMOTE, **_lease("promote")},
     "churn-bootstrap": {**_JOB, **_PROMOTE, **_lease("bootstrap", "materialize", "retrain", "promote")},
 }
+KEPT = {f"persistentvolumeclaim/churn-{store}" for store in ("data", "mlflow", "postgres", "valkey")} | {"secret/churn"}
 SPEAK = {account.removeprefix("churn-") for account in MAY}  # components that mount a token
 
 
@@ -176,3 +179,55 @@ def test_nothing_but_predict_is_published(installed: Release, path: str) -> None
     connection = installed.address.connection()
     connection.request("GET", path, headers={"Host": installed.address.host})
     assert connection.getresponse().status == 404
+
+
+def _wait_left(release: Release, expected: set[str]) -> None:
+    """Wait until nothing else is in the namespace."""
+
+    def only() -> bool:
+        left = release.left()
+        if left != expected:
+            raise NotYet(f"more: {sorted(left - expected)}, missing: {sorted(expected - left)}")
+        return True
+
+    wait_until("what is left is what should be", only, within=180, every=2)
+
+
+@pytest.mark.faults
+def test_uninstalled_and_installed_again(make_release: MakeRelease) -> None:
+    """With the claims and the Secret that stay the same tag serves, and every row is there; without them nothing is left."""
+    release = make_release("again", host="again.example.com")
+    release.install()
+    with release.clients() as before:
+        wait_until("answers", lambda: len(before.answered) >= 100, within=60)
+    release.check_logged_once(before)
+    tag, promotions, users = release.served_tag(), release.promotions(), release.known_users
+    tables = ("predictions", "scores", "bentos", "models", "retrains")
+    counts = "SELECT " + ", ".join(f"(SELECT count(*) FROM {table}) AS {table}" for table in tables)
+    (rows,) = release.rows(counts)
+    release.uninstall()
+    _wait_left(release, KEPT)
+    release.install()
+    with release.clients() as after:
+        release.bootstrapped()
+        assert release.wait_rolled_out() == tag
+    release.check_logged_once(after)
+    (found,) = release.rows(counts)
+    lost = {table: count - found[table] for table, count in rows.items() if found[table] < count}
+    sent, failed = len(before.replies) + len(after.replies), len(before.failed) + len(after.failed)
+    since = [(row["action"], row["result"]) for row in release.promotions()[len(promotions) :]]
+    print(f"\n41 {tag}: lost {lost or 0} of {rows}, {failed} requests of {sent} failed; promotions since: {since}")
+    record(Result("41 uninstalled and installed again", sent, failed, 0, round(release.install_seconds, 1)))
+    assert (after.tags, failed, lost) == ([tag], 0, {})
+    assert release.promotions()[: len(promotions)] == promotions
+    assert set(since) <= {("restore", "promoted")}
+    assert release.predict(users[-1])["bento_tag"] == tag
+    release.uninstall()
+    release.kubectl("delete", "persistentvolumeclaims,secrets", f"--selector=app.kubernetes.io/instance={release.name}")
+    _wait_left(release, set())
+
+    def volumes() -> bool:
+        claimed = [pv["spec"]["claimRef"]["namespace"] for pv in release.cluster.get("persistentvolumes")["items"]]
+        return release.namespace not in claimed
+
+    wait_until("its volumes are gone", volumes, within=60)

@@ -29,6 +29,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"existingSecret": "nowhere"},
         ["there is no Secret nowhere", "create secret generic nowhere"],
     ),
+    "missing Secret of API keys": (
+        {"serving": {"apiKeys": {"existingSecret": "nowhere"}}},
+        ["there is no Secret nowhere", "serving.apiKeys.existingSecret", "create secret generic nowhere"],
+    ),
 }
 
 
@@ -41,7 +45,7 @@ def refused(make_release: MakeRelease) -> Release:
 @pytest.mark.parametrize("helm", ["helm", "helm4"])
 @pytest.mark.parametrize("case", CASES)
 def test_is_refused_with_the_remedy(refused: Release, case: str, helm: str) -> None:
-    """(unknown key, ingress and HTTPRoute both, replicas with a single-writer store, bad schedule, missing secret)"""
+    """(unknown key, ingress and HTTPRoute both, replicas with a single-writer store, bad schedule, missing secrets)"""
     values, words = CASES[case]
     done = refused.install(values, helm=helm, check=False)
     assert done.returncode != 0, done.stdout

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis as redis_py
 
+import jobs.materialize
 from bentos.churn.model import Feature, Plan
 from bentos.churn.online import UserFeatures, open_store
 from feature_repo.columns import FEATURE_TABLES, POPULATION, view_name
@@ -112,6 +114,34 @@ def test_the_story_of_a_store(settings: Settings, admin: redis_py.Redis, monkeyp
     assert online_as_of(dataset.feature_store(settings)) is None
     assert materialize(settings, as_of=second).full
     assert online_rows(admin) == rows, "a wiped store is filled again"
+
+
+def test_damaged_rows_are_written_again(
+    settings: Settings, admin: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of another type, values that are cut off, the sentinel's too. What is whole does not change meanwhile."""
+    second = instant(SECOND)
+    materialize(settings, as_of=second)
+    rows = online_rows(admin)
+    for number, key in enumerate(sorted(rows)):
+        if number % 3 == 0:
+            admin.set(key, "x")
+        elif number % 3 == 1 or SENTINEL.encode() in key:
+            for name, value in rows[key].items():
+                admin.hset(key, name, value[:-1])
+    whole = {key for key, row in rows.items() if admin.type(key) == b"hash" and admin.hgetall(key) == row}
+    assert len(whole) > 100
+    real, writes = jobs.materialize._write, []
+
+    def write(*arguments: Any) -> None:
+        real(*arguments)
+        writes.append({key for key in whole if admin.hgetall(key) == rows[key]})
+
+    monkeypatch.setattr(jobs.materialize, "_write", write)
+
+    assert materialize(settings, as_of=second).full
+    assert online_rows(admin) == rows
+    assert writes[-2:] == [whole, whole], "January is not written over February"
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,19 @@ def test_new_pods_that_fail_with_what_serves_already_are_not_the_next_models_fau
     assert "promotion_failed" not in marks(settings)
 
 
+def test_what_a_person_wants_is_not_held_up_by_pods_that_fail(
+    promotable: Copy, serving: Scripted, trained: Trained
+) -> None:
+    """New pods of what serves crash, and somebody moves the alias: that may be the remedy."""
+    settings = promotable()
+    serves = Pod("churn-0", "", trained.first_tag, ready=True, message="")
+    serving.rollouts["v1"] = [replace(waiting(), pods=(serves,), failure="churn-1 crashes: exit code 1")]
+    Registry(settings).set_alias(PRODUCTION, 2)
+
+    assert promote(settings, serving=serving).to_version == 2
+    assert serving.tag == trained.second_tag
+
+
 def test_what_failed_once_and_serves_now_is_not_marked_any_more(promotable: Copy, serving: Scripted) -> None:
     settings = promotable()
     Registry(settings).set_tags(2, {"promotion_failed": "crashes"})
