@@ -211,7 +211,9 @@ def takes(schema: Object, value: Any) -> bool:
         return bool(
             schema.get("minimum", value) <= value <= schema.get("maximum", value)
             and schema.get("exclusiveMinimum", value - 1) < value < schema.get("exclusiveMaximum", value + 1)
-            and any(value == o.get("const", value) and value >= o.get("minimum", value) for o in schema.get("anyOf", [{}]))
+            and any(
+                value == o.get("const", value) and value >= o.get("minimum", value) for o in schema.get("anyOf", [{}])
+            )
         )
     if kinds["array"]:
         twice = schema.get("uniqueItems") and len({*map(str, value)}) < len(value)
