@@ -106,6 +106,8 @@ class PostgresLog:
     """
 
     def __init__(self, url: str) -> None:
+        import psycopg  # noqa: F401  a tenth of a second that the first requests need not wait for
+
         self._url = url
         self._connection: Any = None
 
