@@ -139,13 +139,17 @@ def _drop_damaged(settings: Settings) -> int:
     stamps = [f"_ts:{view}" for view in dict.fromkeys(feature.view for feature in plan)]
 
     def damaged(row: Any) -> bool:
+        if isinstance(row, ResponseError):
+            if str(row).startswith("WRONGTYPE"):
+                return True
+            raise row
         try:
-            for at, value in enumerate([] if isinstance(row, ResponseError) else row):
+            for at, value in enumerate(row):
                 if value is not None:
                     decode_value(value) if at < len(fields) else decode_instant(value)
         except StoreDown:
             return True
-        return isinstance(row, ResponseError)
+        return False
 
     users = [SENTINEL, *sorted({user for day in snapshots.days() for user in snapshots.read(POPULATION, day).index})]
     count = 0
@@ -160,6 +164,8 @@ def _drop_damaged(settings: Settings) -> int:
             count += len(odd)
             if odd:
                 client.delete(*odd)
+        if count:  # without the sentinel all months are written, not the newest alone
+            client.delete(entity_key(SENTINEL) + settings.feast_project.encode())
     log.warning("%d rows of users online were damaged; they are written anew", count)
     return count
 

@@ -396,8 +396,13 @@ class Promoter:
             failpoint("promote.built")
             self._obey_pin(row)
             self._set_aliases(row)
-            self._set_served_tag(row, tag)
-            self._watch(row, tag)
+            failing = self._set_served_tag(row, tag)
+            try:
+                self._watch(row, tag)
+            except _ModelFault as fault:
+                if failing:
+                    raise _WorldFault(f"{fault}; they failed before, too: {failing}") from fault
+                raise
             failpoint("promote.settled")
             self._probe(tag)
             failpoint("promote.probed")
@@ -454,18 +459,24 @@ class Promoter:
                 raise
             log.warning("aliases follow when the model registry answers again: %s", error)
 
-    def _set_served_tag(self, row: Promotion, tag: str) -> None:
-        served = self.serving.served_tag()
+    def _set_served_tag(self, row: Promotion, tag: str) -> str | None:
+        """Patch the tag; why new pods were failing before, while old ones served: then no model is at fault.
+
+        A candidate waits for the end of that. What a person wants, and a rebuild, may be the remedy.
+        """
+        served, failing = self.serving.served_tag(), None
         if served != tag:
             if served not in (row.from_tag, None) and row.action not in ("pin", "restore"):
                 raise _WorldFault(f"the served tag was changed to {served} meanwhile")
             before = self.serving.rollout()
-            failing = before.failure and any(pod.ready and pod.bento_tag == served for pod in before.pods)
-            if failing and row.action == "promote":  # what mends or takes back is not held up by what it mends
-                raise _WorldFault(f"new pods fail already with {served}, which serves: {before.failure}")
+            if any(pod.ready and pod.bento_tag == served for pod in before.pods):
+                failing = before.failure
+            if failing and row.action == "promote":
+                raise _WorldFault(f"new pods fail already with {served}, which serves: {failing}")
             log.info("served_tag %s -> %s", served, tag)
             self.serving.set_served_tag(old=served, new=tag, fence=row.id, soak=self._soak(served, tag))
         failpoint("promote.patched")
+        return failing
 
     def _soak(self, served: str | None, tag: str) -> timedelta:
         """How long a new pod must stay up beside the old: not at all if there is none, or the tag has served before."""

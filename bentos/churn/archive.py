@@ -21,6 +21,7 @@ from bentos.churn.database import cut_after, is_sqlite, open_postgres, open_sqli
 
 MAX_MEMBERS = 2_000
 MAX_BYTES = 2**30
+MAX_HEADER = 2**16
 READ_SECONDS = 60.0  # for one answer of the database
 REQUIRED = (
     "bento.yaml",
@@ -76,7 +77,7 @@ def is_complete(folder: Path, sha256: str) -> bool:
 def _unpack(data: bytes, folder: Path) -> None:
     try:
         source: Any = _Decompressed(data) if data.startswith(_XZ) else io.BytesIO(data)
-        with tarfile.open(fileobj=source, mode="r|") as tar:
+        with tarfile.open(fileobj=source, mode="r|", tarinfo=_Member) as tar:
             size = 0
             for count, member in enumerate(tar, 1):
                 _check(member)
@@ -86,7 +87,7 @@ def _unpack(data: bytes, folder: Path) -> None:
                 _write(tar, member, folder)
         while source.read(tarfile.RECORDSIZE):  # what follows the last member counts, too
             pass
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno:  # a full disk does not make it a bad archive
             raise
         if isinstance(error, ArchiveError):
@@ -111,6 +112,15 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     assert content is not None  # noqa: S101  a regular file has content
     with content, path.open("wb") as file:
         shutil.copyfileobj(content, file)
+
+
+class _Member(tarfile.TarInfo):
+    """A header that is not longer than a name needs: tarfile reads long ones whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if not (self.isreg() or self.isdir()) and self.size > MAX_HEADER:
+            raise ArchiveError(f"the archive has a header of {self.size:,} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
 class _Decompressed:

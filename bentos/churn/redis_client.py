@@ -107,12 +107,15 @@ class _Connection(asyncio.Protocol):
         self._transport: Any = None
         self._timer: asyncio.TimerHandle | None = None
         self._due = inf  # when the timer goes off
+        self._ended = ""  # why
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
 
     async def call(self, commands: bytes, count: int, deadline: float) -> list[Reply]:
         """The replies to `count` commands; TimeoutError after the deadline, ConnectionError if it breaks."""
+        if self._ended:
+            raise ConnectionError(self._ended)
         loop = asyncio.get_running_loop()
         call = _Call(count, deadline, loop.create_future())
         self._calls.append(call)
@@ -141,6 +144,7 @@ class _Connection(asyncio.Protocol):
 
     def end(self, reason: str) -> None:
         """Close it, and tell everybody who waits."""
+        self._ended = self._ended or reason
         self._on_lost(self)
         if self._transport is not None:
             self._transport.abort()
@@ -252,7 +256,9 @@ class RedisClient:
 
     async def _opened(self, deadline: float) -> _Connection:
         async with asyncio.timeout_at(deadline):
-            return await asyncio.shield(self._open_soon())
+            while True:
+                with contextlib.suppress(TimeoutError):  # of one begun earlier, for another
+                    return await asyncio.shield(self._open_soon())
 
     def _open_soon(self) -> asyncio.Task[_Connection]:
         if self._opening is None:

@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -37,7 +36,7 @@ class Arbiter:
         self._command = [sys.executable, "-m", "_bentoml_impl.worker.service", folder, "--service-name", SERVICE]
         self._command += ["--fd", str(listener.fileno()), "--backlog", str(BACKLOG), "--worker-id", "1", "--args", "{}"]
         self._worker: subprocess.Popen[bytes] | None = None
-        self._stopping = threading.Event()
+        self._stopping = False
 
     def run(self) -> int:
         """Until it is told to end or the worker ends by itself; the exit code."""
@@ -46,14 +45,15 @@ class Arbiter:
         for restarts in itertools.count():
             started = time.monotonic()
             code = self._run_worker({**os.environ, "CHURN_WORKER_RESTARTS": str(restarts)})
-            if self._stopping.is_set():
+            if self._stopping:
                 return 0 if code in (0, -signal.SIGTERM) else 1
             if code >= 0 or code == -signal.SIGTERM:
                 print(f"the worker ended with exit code {code}", file=sys.stderr, flush=True)
                 return max(code, 1)
             print(f"the worker was killed by signal {-code}; another starts", file=sys.stderr, flush=True)
-            self._stopping.wait(started + START_SECONDS - time.monotonic())
-            if self._stopping.is_set():
+            while not self._stopping and time.monotonic() < started + START_SECONDS:
+                time.sleep(0.05)
+            if self._stopping:
                 break
         return 0
 
@@ -62,13 +62,12 @@ class Arbiter:
         self._worker = subprocess.Popen(  # in a session of its own: Ctrl-C is for this process
             self._command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        if self._stopping.is_set():  # told so while it was being started
+        if self._stopping:  # told so while it was being started
             self._worker.terminate()
         return self._worker.wait()
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        again = self._stopping.is_set()
-        self._stopping.set()
+        again, self._stopping = self._stopping, True
         if self._worker is not None:
             if not again:
                 self._worker.terminate()

@@ -107,7 +107,7 @@
 {{- if and $asked (not (or $v.existingSecret $v.postgres.enabled $v.valkey.enabled)) -}}
 {{- $wrong = append $wrong "serving.apiKeys.existingSecret is set, but no Secret holds the token with which promotion asks the service. Make one with key probe-token, 16 random characters or more, and set existingSecret." -}}
 {{- end -}}
-{{- if and $asked (has $asked (list (include "churn.fullname" .) $v.existingSecret $v.externalPostgres.existingSecret $v.externalRedis.existingSecret)) -}}
+{{- if and $asked (has $asked (list ($v.existingSecret | default (include "churn.fullname" .)) $v.externalPostgres.existingSecret $v.externalRedis.existingSecret)) -}}
 {{- $wrong = append $wrong (printf "serving.apiKeys.existingSecret is %s, the Secret of passwords and URLs: each of them would be a key for /predict, in every serving pod. Make a Secret of its own: kubectl -n %s create secret generic api-keys --from-literal=CALLER=$(openssl rand -hex 32)." $asked .Release.Namespace) -}}
 {{- end -}}
 

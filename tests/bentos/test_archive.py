@@ -44,6 +44,12 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
     return info
 
 
+def long_name(size: int) -> bytes:
+    """A header that says the next one's name is so long."""
+    info = member("x", tarfile.GNUTYPE_LONGNAME, size=size)
+    return info.tobuf(tarfile.GNU_FORMAT) + (b"a" * size).ljust(-(-size // 512) * 512, b"\0")
+
+
 def everything(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
@@ -100,6 +106,8 @@ EVIL: dict[str, Callable[[], bytes]] = {
     "not-a-tar": lambda: b"PK\x03\x04" + b"x" * 5_000,
     "empty": lambda: b"",
     "cut": lambda: tar_of((member("src/big", size=50_000), bytes(50_000)))[:20_000],
+    "long-header": lambda: long_name(2**20) + tar_of(),
+    "many-headers": lambda: long_name(2) * 5_000 + tar_of(),
     "cut-xz": lambda: lzma.compress(tar_of())[:-20],
     "damaged-xz": lambda: lzma.compress(tar_of())[:40] + b"\0" * 40,
     **{f"no-{name}": lambda name=name: tar_of(without=name) for name in archive.REQUIRED},  # type: ignore[misc]
@@ -116,6 +124,13 @@ def test_archives_that_are_not_ours_are_refused(evil: str, tmp_path: Path) -> No
 
     assert everything(tmp_path) <= {"inner"}
     assert not Path(ABSOLUTE).exists()
+
+
+def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    data = long_name(2**20) + tar_of()
+
+    with pytest.raises(ArchiveError, match="a header of 1,048,576 bytes"):
+        archive.extract(data, sha256(data), tmp_path / "inner" / "bento")
 
 
 def test_a_bomb_is_never_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

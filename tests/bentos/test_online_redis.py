@@ -580,6 +580,25 @@ def test_a_connection_that_breaks_twice_is_down(plan: Plan, runner: asyncio.Runn
     assert len(seen) == 2, "tried twice, no more"
 
 
+def test_a_server_that_hangs_up_behind_the_login_is_down(plan: Plan, runner: asyncio.Runner) -> None:
+    """The connection has ended before who opened it can use it."""
+
+    def hang_up(connection: socket.socket) -> None:
+        connection.recv(10_000)
+        connection.sendall(b"+OK\r\n")
+        connection.close()
+
+    async def ask(store: RedisStore) -> None:
+        await asyncio.wait_for(store.read([A, B, A]), 2 * IN_TIME)
+
+    with listening(hang_up) as (port, _):
+        for _ in range(20):
+            store = RedisStore(f"redis://127.0.0.1:{port}", PROJECT, plan)
+            with in_time(), pytest.raises(StoreDown, match=f"127.0.0.1:{port}"):
+                runner.run(ask(store))
+            store.close()
+
+
 @pytest.mark.parametrize(
     "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"$3\r\nabcd\r\n", b"+OK\r\n+OK\r\n", b"*1\r\n$-1\r\n", b":x\r\n"]
 )

@@ -13,6 +13,7 @@ import redis as redis_py
 import jobs.materialize
 from bentos.churn.model import Feature, Plan
 from bentos.churn.online import UserFeatures, open_store
+from bentos.churn.redis_store import decode_instant
 from feature_repo.columns import FEATURE_TABLES, POPULATION, view_name
 from jobs import dataset
 from jobs.materialize import SENTINEL, OnlineMismatch, materialize, online_as_of
@@ -114,6 +115,28 @@ def test_the_story_of_a_store(settings: Settings, admin: redis_py.Redis, monkeyp
     assert online_as_of(dataset.feature_store(settings)) is None
     assert materialize(settings, as_of=second).full
     assert online_rows(admin) == rows, "a wiped store is filled again"
+
+
+def test_a_damaged_row_is_written_again_with_what_older_months_hold_of_it(
+    settings: Settings, admin: redis_py.Redis
+) -> None:
+    """One user whom no sample has, and of whom one view has no row in the newest month."""
+    snapshots = Snapshots(settings.snapshots)
+    sample = jobs.materialize._sample(snapshots, SECOND)
+    both = snapshots.read(POPULATION, SECOND).index.intersection(snapshots.read(POPULATION, FIRST).index)
+    user = next(user for user in both if user not in sample)
+    tables = {name: snapshots.read(name, SECOND) for name in snapshots.tables(SECOND)}
+    gap = next(table.name for table in FEATURE_TABLES if table.name != POPULATION and user in tables[table.name].index)
+    snapshots.write(SECOND, {**tables, gap: tables[gap].drop(user)}, {})
+    materialize(settings, as_of=instant(FIRST))
+    materialize(settings, as_of=instant(SECOND))
+    rows = online_rows(admin)
+    key = next(key for key in rows if str(user).encode() in key)
+    assert decode_instant(rows[key][f"_ts:{view_name(gap)}".encode()]) == instant(FIRST)
+    admin.set(key, "x")
+
+    assert materialize(settings, as_of=instant(SECOND)).full
+    assert online_rows(admin) == rows
 
 
 def test_damaged_rows_are_written_again(

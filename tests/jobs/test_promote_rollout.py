@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from jobs.database import connect
-from jobs.history import History
+from jobs.history import History, Pin
 from jobs.package import bento_of
 from jobs.promote import PromotionFailed, promote
 from jobs.registry import CANDIDATE, PRODUCTION, Registry, RegistryError
@@ -150,6 +150,32 @@ def test_what_a_person_wants_is_not_held_up_by_pods_that_fail(
 
     assert promote(settings, serving=serving).to_version == 2
     assert serving.tag == trained.second_tag
+
+
+@pytest.mark.parametrize("action", ["follow", "pin"])
+def test_what_failed_before_and_fails_still_is_no_models_fault(
+    promotable: Copy, serving: Scripted, trained: Trained, action: str
+) -> None:
+    """Too little memory for new pods, whichever bento: a pin stays, a version is not marked, and it is tried again."""
+    settings = promotable()
+    crash = "churn-1 crashes: OOMKilled"
+    serves = Pod("churn-0", "", trained.first_tag, ready=True, message="")
+    serving.rollouts["v1"] = [replace(waiting(), pods=(serves,), failure=crash)]
+    serving.rollouts["v2"] = [replace(waiting(), failure=crash)]
+    history = History(connect(settings.database))
+    if action == "pin":
+        history.set_pin(Pin(2, trained.second_tag, "doubts", "ada", datetime.now(UTC)))
+    else:
+        Registry(settings).set_alias(PRODUCTION, 2)
+
+    with pytest.raises(PromotionFailed, match="OOMKilled; they failed before, too") as failed:
+        promote(settings, serving=serving)
+
+    assert failed.value.interrupted
+    assert serving.tag == trained.first_tag
+    assert "promotion_failed" not in marks(settings)
+    assert (history.pin() is not None) is (action == "pin")
+    assert history.rows()[0].result == "interrupted"
 
 
 def test_what_failed_once_and_serves_now_is_not_marked_any_more(promotable: Copy, serving: Scripted) -> None:
