@@ -261,7 +261,7 @@ class RedisClient:
                     return await asyncio.shield(self._open_soon())
 
     def _open_soon(self) -> asyncio.Task[_Connection]:
-        if self._opening is None:
+        if self._opening is None or self._opening.done():
             self._opening = asyncio.get_running_loop().create_task(self._open())
             self._opening.add_done_callback(self._opening_ended)
         return self._opening

@@ -684,6 +684,24 @@ def test_a_large_read_has_more_time_than_the_single_one_behind_it(
     assert None not in found
 
 
+def test_an_attempt_that_has_just_failed_is_not_joined(filled: Filled, plan: Plan, runner: asyncio.Runner) -> None:
+    """To connect: it is over, and who comes in the same turn of the loop would wait for it for ever."""
+    store = RedisStore(filled.server.url, PROJECT, plan)
+    runner.run(store.read([A]))
+
+    async def late() -> Any:
+        raise TimeoutError
+
+    async def ask() -> UserFeatures | None:
+        store._client.close()
+        store._client._opening = over = asyncio.create_task(late())
+        await asyncio.wait([over])
+        return (await store.read([A]))[0]
+
+    assert runner.run(ask()) is not None
+    store.close()
+
+
 def test_everybody_gets_their_own_answer(
     filled: Filled, opened: Opener, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
