@@ -338,8 +338,11 @@ def test_keys_and_the_token_of_probes_are_looked_for(
     cluster.kubectl("-n", namespace, "create", "secret", "generic", secret, f"--from-literal=shop={'x' * 32}")
     install(chart, cluster, namespace, values, major=major)
     cluster.kubectl("-n", namespace, "create", "secret", "generic", f"{secret}-own", "--from-literal=database-url=x")
-    with pytest.raises(Refused, match=f"Secret {secret}-own in namespace {namespace} lacks .*probe-token"):
-        install(chart, cluster, namespace, f"{{existingSecret: {secret}-own, {values}}}", major=major)
+    try:
+        with pytest.raises(Refused, match=f"Secret {secret}-own in namespace {namespace} lacks .*probe-token"):
+            install(chart, cluster, namespace, f"{{existingSecret: {secret}-own, {values}}}", major=major)
+    finally:
+        cluster.kubectl("-n", namespace, "delete", "secret", f"{secret}-own")
 
 
 def test_a_second_release_in_a_namespace_needs_a_prefix(
