@@ -240,7 +240,7 @@ end
 def test_values_that_are_damaged(pair: Release) -> None:
     """Of a wrong type or truncated: 503 for those users, until the next materialize writes them again."""
     version, users = pair.served_version(), pair.users()[:50]
-    refused = "store_down|unknown_user|missing_features"
+    refused = "store_down|store_empty|unknown_user|missing_features"
     with fault(pair, "18 values damaged in Valkey", refused=refused) as happened:
         wait_until("everybody was answered", lambda: len(happened.clients.answered) > 2 * len(pair.users()), within=60)
         valkey(pair, "EVAL", DAMAGE, "0", *users)
