@@ -15,8 +15,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobs.database import connect, models, predictions, promotions
+from jobs.database import connect, predictions, promotions
 from jobs.history import GOOD
+from jobs.provenance import record_of_version
 from jobs.registry import Registry, RegistryError
 from jobs.settings import Settings
 
@@ -76,10 +77,10 @@ def _training(settings: Settings, engine: sa.Engine, number: int) -> tuple[dict[
         version, missing = None, str(error)
     if version is not None:
         return {"run_id": version.run_id, **{key: version.tags[key] for key in TRAINING if key in version.tags}}, ""
-    columns = [models.c[name] for name in ("run_id", "trained_as_of", "data_fingerprint", "gate")]
-    with engine.connect() as connection:
-        recorded = connection.execute(sa.select(*columns).where(models.c.version == number)).mappings().first()
-    return {key: str(value) for key, value in (recorded or {}).items()}, missing
+    recorded = record_of_version(engine, number)
+    if recorded is None:
+        return {}, missing
+    return {name: str(getattr(recorded, name)) for name in ("run_id", *TRAINING) if hasattr(recorded, name)}, missing
 
 
 def _explained(

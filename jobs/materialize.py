@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from bentos.churn.database import sqlite_path
-from bentos.churn.online import StoreDown, decode_value, entity_key
+from bentos.churn.online import StoreDown, entity_key
 from feature_repo.columns import ENTITY, FEATURE_TABLES, POPULATION, view_name
 from jobs import dataset
 from jobs.lease import Held, lease
@@ -132,11 +132,10 @@ def _drop_damaged(settings: Settings) -> int:
     from redis import Redis
     from redis.exceptions import ResponseError
 
-    from bentos.churn.redis_store import decode_instant, field_name
+    from bentos.churn.redis_store import check_row, row_fields
 
     plan, snapshots = dataset.features_of(dataset.feature_store(settings)), Snapshots(settings.snapshots)
-    fields = [field_name(feature.view, feature.name) for feature in plan]
-    stamps = [f"_ts:{view}" for view in dict.fromkeys(feature.view for feature in plan)]
+    fields = row_fields([(feature.view, feature.name) for feature in plan])
 
     def damaged(row: Any) -> bool:
         if isinstance(row, ResponseError):
@@ -144,9 +143,7 @@ def _drop_damaged(settings: Settings) -> int:
                 return True
             raise row
         try:
-            for at, value in enumerate(row):
-                if value is not None:
-                    decode_value(value) if at < len(fields) else decode_instant(value)
+            check_row(row, len(plan))
         except StoreDown:
             return True
         return False
@@ -158,7 +155,7 @@ def _drop_damaged(settings: Settings) -> int:
             keys = [entity_key(user) + settings.feast_project.encode() for user in users[start : start + CHUNK]]
             with client.pipeline(transaction=False) as pipeline:
                 for key in keys:
-                    pipeline.hmget(key, [*fields, *stamps])
+                    pipeline.hmget(key, fields)
                 rows = pipeline.execute(raise_on_error=False)
             odd = [key for key, row in zip(keys, rows, strict=True) if damaged(row)]
             count += len(odd)

@@ -155,8 +155,17 @@ def _write(engine: sa.Engine, record: Record) -> None:
 
 def record_of(engine: sa.Engine, run_id: str) -> Record | None:
     """What was recorded of that run, or None."""
+    return _first(engine, models.c.run_id == run_id)
+
+
+def record_of_version(engine: sa.Engine, number: int) -> Record | None:
+    """What was recorded of that version, or None; for when the registry cannot say which run it is of."""
+    return _first(engine, models.c.version == number)
+
+
+def _first(engine: sa.Engine, condition: sa.ColumnElement[bool]) -> Record | None:
     with engine.connect() as connection:
-        row = connection.execute(sa.select(models).where(models.c.run_id == run_id)).mappings().first()
+        row = connection.execute(sa.select(models).where(condition)).mappings().first()
     return None if row is None else Record(**{**row, "artifacts": json.loads(row["artifacts"])})
 
 

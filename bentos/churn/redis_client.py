@@ -267,8 +267,6 @@ class RedisClient:
         return self._opening
 
     def _opening_ended(self, task: asyncio.Task[_Connection]) -> None:
-        if task is self._opening:
-            self._opening = None
         if not task.cancelled():
             task.exception()  # who waits for it has it; nobody may
 

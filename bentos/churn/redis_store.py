@@ -60,6 +60,20 @@ def field_name(view: str, feature: str) -> bytes:
     return murmur(f"{view}:{feature}".encode()).to_bytes(4, "little")
 
 
+def row_fields(features: Sequence[tuple[str, str]]) -> list[bytes]:
+    """What a user's row is read by: fields of the features, given by view and name, then of the views' timestamps."""
+    views = dict.fromkeys(view for view, _ in features)
+    return [field_name(view, name) for view, name in features] + [f"_ts:{view}".encode() for view in views]
+
+
+def check_row(row: Reading, features: int) -> None:
+    """Raise StoreDown if one of the fields, so many features first, holds what Feast does not write."""
+    for raw in row[:features]:
+        decode_value(raw or b"")
+    for raw in row[features:]:
+        decode_instant(raw or b"")
+
+
 def decode_instant(data: bytes) -> datetime:
     """The instant in a serialized `google.protobuf.Timestamp`; StoreDown if it is none."""
     found = {0x08: 0, 0x10: 0}  # seconds, nanoseconds
@@ -89,7 +103,7 @@ class RedisStore:
         self._known: list[dict[bytes | None, Cell]] = [{} for _ in plan.features]
         self._ages = lru_cache(_REMEMBERED)(self._decode_ages)
         self._views = tuple(dict.fromkeys(feature.view for feature in plan.features))
-        fields = [field_name(f.view, f.name) for f in plan.features] + [f"_ts:{v}".encode() for v in self._views]
+        fields = row_fields([(f.view, f.name) for f in plan.features])
         self._features = len(plan.features)
         self._size = len(fields)
         head, tail = command(b"HMGET", b"", *fields).split(b"$0\r\n\r\n")
@@ -183,10 +197,7 @@ class RedisStore:
         row = self._row(reply)
         try:
             here = self._present(row)
-            for raw in row[: self._features]:
-                decode_value(raw or b"")
-            for raw in row[self._features :]:
-                decode_instant(raw or b"")
+            check_row(row, self._features)
         except (StoreDown, StoreEmpty) as error:
             raise LayoutMismatch(f"{_MISMATCH}: {error}") from None
         if not here and isinstance(fields, int) and fields:

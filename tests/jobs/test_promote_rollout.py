@@ -66,6 +66,12 @@ def waiting(message: str = "starting", *, template: int = 1) -> Rollout:
     return Rollout("", (pod,), running=True, settled=False, failure=None, template=template)
 
 
+def failing(trained: Trained, failure: str) -> Rollout:
+    """An old pod serves, and new ones of the same bento fail."""
+    serves = Pod("churn-0", "", trained.first_tag, ready=True, message="")
+    return replace(waiting(), pods=(serves,), failure=failure)
+
+
 @pytest.fixture
 def serving(trained: Trained) -> Scripted:
     return Scripted(trained.first_tag)
@@ -128,8 +134,7 @@ def test_new_pods_that_fail_with_what_serves_already_are_not_the_next_models_fau
 ) -> None:
     """An upgrade gave them too little memory: the old ones still serve, and any bento would crash in new ones."""
     settings = promotable()
-    serves = Pod("churn-0", "", trained.first_tag, ready=True, message="")
-    serving.rollouts["v1"] = [replace(waiting(), pods=(serves,), failure="churn-1 crashes: OOMKilled")]
+    serving.rollouts["v1"] = [failing(trained, "churn-1 crashes: OOMKilled")]
 
     with pytest.raises(PromotionFailed, match=r"new pods fail already with .*OOMKilled") as failed:
         promote(settings, serving=serving)
@@ -144,8 +149,7 @@ def test_what_a_person_wants_is_not_held_up_by_pods_that_fail(
 ) -> None:
     """New pods of what serves crash, and somebody moves the alias: that may be the remedy."""
     settings = promotable()
-    serves = Pod("churn-0", "", trained.first_tag, ready=True, message="")
-    serving.rollouts["v1"] = [replace(waiting(), pods=(serves,), failure="churn-1 crashes: exit code 1")]
+    serving.rollouts["v1"] = [failing(trained, "churn-1 crashes: exit code 1")]
     Registry(settings).set_alias(PRODUCTION, 2)
 
     assert promote(settings, serving=serving).to_version == 2
@@ -159,8 +163,7 @@ def test_what_failed_before_and_fails_still_is_no_models_fault(
     """Too little memory for new pods, whichever bento: a pin stays, a version is not marked, and it is tried again."""
     settings = promotable()
     crash = "churn-1 crashes: OOMKilled"
-    serves = Pod("churn-0", "", trained.first_tag, ready=True, message="")
-    serving.rollouts["v1"] = [replace(waiting(), pods=(serves,), failure=crash)]
+    serving.rollouts["v1"] = [failing(trained, crash)]
     serving.rollouts["v2"] = [replace(waiting(), failure=crash)]
     history = History(connect(settings.database))
     if action == "pin":
