@@ -21,6 +21,7 @@ import urllib.error
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,7 @@ LEASE_SECONDS: float = 15  # a holder that has not renewed for so long is gone
 PATIENCE = 4  # times as long for Leases that only keep work from being done twice; promotion's is for who waits
 RENEW = 3.0  # seconds between renewals; a holder that cannot renew ends so long before the Lease does
 MODEL_EXITS = {3: "its archive was refused", 4: "its archive is not in the database"}  # of bentos.churn.fetch
+SAYS = "/readyz says"  # begins what a pod says of itself; all else are the kubelet's or the scheduler's words
 WORLD_WAITS = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
 
 LEASES = "coordination.k8s.io/v1/leases"
@@ -202,8 +204,8 @@ class KubernetesServing:
         spec, status = found["spec"], found.get("status", {})
         tag, replicas = _annotations(found).get(TAG), spec.get("replicas", 1)
         items = self._pods(spec["selector"]["matchLabels"])
-        pods = tuple(_pod(item) for item in items)
-        fresh = [item for item in items if (item["metadata"].get("annotations") or {}).get(TAG) == tag]
+        pods = tuple(_as_it_says(_pod(item), tag) for item in items)
+        fresh = [(pod, item) for pod, item in zip(pods, items, strict=True) if pod.bento_tag == tag]
         settled = (
             bool(pods)
             and status.get("observedGeneration", 0) >= found["metadata"]["generation"]
@@ -322,12 +324,12 @@ def _ended(terminated: Object) -> str:
     return f"{how}: {said}" if said else how
 
 
-def _failure(pods: list[Object], deployment: Object) -> tuple[str | None, bool]:
+def _failure(pods: list[tuple[Pod, Object]], deployment: Object) -> tuple[str | None, bool]:
     """Why the wanted tag's pods will not be ready, and whether that is the world's fault and not the model's."""
-    for item in pods:
-        if _pod(item).ready:
+    for pod, item in pods:
+        if pod.ready:
             continue  # however often it has restarted, and whatever it said before
-        name = item["metadata"]["name"]
+        name = pod.name
         for container in _containers(item):
             last = container.get("state", {}).get("terminated") or container.get("lastState", {}).get("terminated")
             waiting = container.get("state", {}).get("waiting", {})
@@ -337,30 +339,24 @@ def _failure(pods: list[Object], deployment: Object) -> tuple[str | None, bool]:
                 return f"{name}: {MODEL_EXITS[last['exitCode']]}: {_ended(last)}", False
             if last and container["name"] == "serving" and container.get("restartCount", 0) >= 2:
                 return f"{name} crashes: {_ended(last)}", False
-        refusal = _refusal(_pod(item))
-        if refusal:
-            return f"{name}: {refusal}", WRONG_SETTING in refusal
+        if pod.message.startswith(SAYS) and any(word in pod.message for word in (*REFUSALS, WRONG_SETTING)):
+            return f"{name}: {pod.message}", WRONG_SETTING in pod.message
     for condition in deployment.get("conditions", ()):
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
             return str(condition.get("message", "pods cannot be made")), True
     return None, False
 
 
-def _refusal(pod: Pod) -> str | None:
-    """What a running pod that is not ready says that another start cannot mend: golden rows, a wrong setting."""
-    if pod.ready or not pod.address:
-        return None
-    try:
-        with DIRECT.open(f"{pod.address}/readyz", timeout=2):
-            return None
-    except urllib.error.HTTPError as error:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            said = detail(error.read(2000))
-            final = any(word in said for word in (*REFUSALS, WRONG_SETTING))
-            return f"/readyz says {error.code}: {said}" if final else None
-    except (OSError, http.client.HTTPException):
-        pass  # it is starting
-    return None
+def _as_it_says(pod: Pod, tag: str | None) -> Pod:
+    """The pod, and if it runs with that tag and is not ready, what it says of that itself."""
+    if pod.ready or not pod.address or pod.bento_tag != tag:
+        return pod
+    with contextlib.suppress(OSError, http.client.HTTPException):  # it is starting
+        try:
+            DIRECT.open(f"{pod.address}/readyz", timeout=2).close()
+        except urllib.error.HTTPError as error:
+            return replace(pod, message=f"{SAYS} {error.code}: {detail(error.read(2000))}")
+    return pod
 
 
 # --- telling, and starting jobs ---------------------------------------------------------------------------

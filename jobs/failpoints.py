@@ -1,7 +1,7 @@
-"""One switch that breaks a named step, for tests: `CHURN_FAILPOINT=promote.opened=exit`, or `=sleep:5`, `=raise`.
+"""One switch that breaks named steps, for tests: `CHURN_FAILPOINT=promote.opened=exit`, or `=sleep:5`, `=raise`.
 
-Off unless the variable is set. A step is declared in `STEPS`, which the tests enumerate, so that a new step
-without a test fails.
+Off unless the variable is set; several are separated by commas. A step is declared in `STEPS`, which the tests
+enumerate, so that a new step without a test fails.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ STEPS = (
     "promote.settled",
     "promote.probed",
     "promote.closed",
+    "undo.tag_put_back",
+    "undo.alias_put_back",
+    "pin.recorded",
     "retrain.trained",
     "retrain.recorded",
     "retrain.registered",
@@ -36,8 +39,9 @@ def failpoint(step: str) -> None:
     """
     if step not in STEPS:
         raise ValueError(f"{step} is not listed in jobs.failpoints.STEPS")
-    name, _, act = os.environ.get("CHURN_FAILPOINT", "").rpartition("=")
-    if name != step:
+    acts = dict(part.split("=", 1) for part in os.environ.get("CHURN_FAILPOINT", "").split(",") if "=" in part)
+    act = acts.get(step)
+    if act is None:
         return None
     if act == "exit":
         os._exit(137)

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from jobs import provenance
 from jobs.database import bentos, connect
+from jobs.failpoints import failpoint
 from jobs.history import GOOD, History, Pin
 from jobs.lease import lease
 from jobs.package import bento_of
@@ -45,7 +46,10 @@ def rollback(
     tag, version = _stored(engine, to) if to is not None else _before(engine)
     if dry_run:
         return PromoteResult("dry_run", f"would pin version {version} ({tag}): {reason}", tag, None, version)
-    return _pin(settings, engine, version, tag, reason, by, serving)
+    result = _pin(settings, engine, version, tag, reason, by, serving)
+    if result.result == "idle" and result.served_tag == tag:
+        return replace(result, reason=f"version {version} is served already; {result.reason}")
+    return result
 
 
 def pin(settings: Settings, *, reason: str, by: str, serving: Serving | None = None) -> PromoteResult:
@@ -67,6 +71,7 @@ def _pin(
     serving: Serving | None,
 ) -> PromoteResult:
     History(engine).set_pin(Pin(version, tag, reason, by, datetime.now(UTC)))
+    failpoint("pin.recorded")
     result = Promoter(settings, serving, by=by).run(wait=LEASE_WAIT)
     if result.result == "held":
         return replace(result, reason=f"{tag} is pinned; the promotion under way will follow it ({result.reason})")
@@ -89,7 +94,11 @@ def approve(settings: Settings, version: int, *, by: str, reason: str) -> None:
     registry = Registry(settings)
     found = registry.version(version)
     if found is None:
-        raise NothingToDo(f"model {settings.release} has no version {version}")
+        there = ", ".join(str(known.version) for known in reversed(registry.versions())) or "none"
+        raise NothingToDo(f"model {settings.release} has no version {version}; there are {there}")
+    last = History(connect(settings.database)).last(good=True)
+    if last is not None and last.to_version == version == registry.aliases().get(PRODUCTION):
+        raise NothingToDo(f"version {version} is in production already")
     by_whom = f"approve by {by}: {reason}" if reason else f"approve by {by}"
     if provenance.record_as_it_is(connect(settings.database), registry, found, by=by_whom):
         log.warning("version %d was not registered by `churn retrain`; it is recorded as it is now", version)
@@ -140,7 +149,10 @@ def _stored(engine: sa.Engine, version: int) -> tuple[str, int]:
             .all()
         )
     if tag is None:
-        raise NothingToDo(f"no bento of version {version} is stored; there are {', '.join(map(str, stored)) or 'none'}")
+        raise NothingToDo(
+            f"no bento of version {version} is stored; there are {', '.join(map(str, stored)) or 'none'}; "
+            f"`churn approve {version}`, then `churn promote`, packages and serves it if it passed the gate"
+        )
     return tag, version
 
 

@@ -30,7 +30,6 @@ from jobs.registry import (
     HELD_AGAINST,
     PREVIOUS,
     PRODUCTION,
-    SPENT_TAGS,
     ModelRefused,
     ModelVersion,
     Registry,
@@ -46,6 +45,7 @@ POLL = 0.1  # seconds between looks at a rollout; on a cluster five times that
 PROBE_FOR = 10.0  # seconds until a client reaches what a settled rollout serves
 DATABASE_WITHIN = 45.0  # seconds for a database that restarts
 GOLDEN_TOLERANCE = 1e-6
+LONGEST_BACKOFF, PIN_BACKOFF = timedelta(hours=1), timedelta(minutes=5)  # a person waits for a pin
 
 Action = Literal["promote", "follow", "pin", "restore", "rebuild"]
 TOLD = {"promote": "Promoted", "follow": "Followed", "pin": "Pinned", "restore": "Restored", "rebuild": "Rebuilt"}
@@ -86,6 +86,11 @@ class World:
     held_against: str  # what a replay would be judged by today
     now: datetime
 
+    def waits(self, version: int) -> str | None:
+        """Until when it is not tried again, if its last attempt was interrupted."""
+        at = self.retry_at.get(version, self.now)
+        return f"was interrupted; next try at {at:%H:%M:%S}" if at > self.now else None
+
 
 @dataclass(frozen=True)
 class Want:
@@ -111,12 +116,14 @@ def decide(world: World) -> Want | Idle:
     if pin is not None:
         recorded = last is not None and last.to_tag == pin.bento_tag == world.served_tag
         alias_follows = production == pin.version or not world.registered
-        if not (recorded and alias_follows):
-            return Want("pin", pin.version, pin.bento_tag, f"pinned by {pin.by}: {pin.reason}")
-        return Idle(f"pinned to {pin.bento_tag}: {pin.reason}")
+        if recorded and alias_follows:
+            return Idle(f"pinned to {pin.bento_tag}: {pin.reason}")
+        if waits := world.waits(pin.version):
+            return Idle(f"pinned to {pin.bento_tag}, but that {waits}")
+        return Want("pin", pin.version, pin.bento_tag, f"pinned by {pin.by}: {pin.reason}")
     if production is not None and (last is None or last.to_version != production):
-        if world.retry_at.get(production, world.now) > world.now:
-            return Idle(f"version {production} was interrupted; next try at {world.retry_at[production]:%H:%M:%S}")
+        if waits := world.waits(production):
+            return Idle(f"version {production} {waits}")
         return Want("follow", production, None, f"alias {PRODUCTION} was moved to version {production} by a hand")
     if last is not None and last.to_tag is not None and world.served_tag != last.to_tag:
         if world.served_tag is not None and world.served_version is not None:
@@ -141,7 +148,7 @@ def decide(world: World) -> Want | Idle:
         return idle
     if (
         last is not None
-        and world.retry_at.get(last.to_version, world.now) <= world.now
+        and not world.waits(last.to_version)
         and world.expected_tag not in (None, last.to_tag, world.failed_rebuild)
         and world.rebuild_on_code_change
         and world.mode != "off"
@@ -159,9 +166,8 @@ def _candidate(world: World) -> Want | Idle:
         return Idle(f"version {candidate.version} is in production")
     if not candidate.passed:
         return Idle(f"{name} was refused by the gate: {candidate.tags.get('gate_reason', 'no reason recorded')}")
-    spent = [f"{tag}={candidate.tags[tag]}" for tag in SPENT_TAGS if tag in candidate.tags]
-    if spent:
-        return Idle(f"{name} is not tried again ({', '.join(spent)}); `churn approve {candidate.version}` allows it")
+    if candidate.spent:
+        return Idle(f"{name} is not tried again ({candidate.spent}); `churn approve {candidate.version}` allows it")
     approved = "approved_by" in candidate.tags
     judged_against, champion = candidate.tags.get("champion", ""), str(world.aliases.get(PRODUCTION, ""))
     if not approved and judged_against != champion:
@@ -174,8 +180,8 @@ def _candidate(world: World) -> Want | Idle:
         return Idle(f"{name} passed the gate and waits for `churn approve {candidate.version}`")
     if not approved and candidate.tags.get(HELD_AGAINST) == world.held_against:
         return Idle(f"{name} waits for `churn approve {candidate.version}`: {candidate.tags.get(HELD)}")
-    if world.retry_at.get(candidate.version, world.now) > world.now:
-        return Idle(f"{name} was interrupted; next try at {world.retry_at[candidate.version]:%H:%M:%S}")
+    if waits := world.waits(candidate.version):
+        return Idle(f"{name} {waits}")
     why = f"approved by {candidate.tags['approved_by']}" if approved else candidate.tags.get("gate_reason", "")
     return Want("promote", candidate.version, None, why)
 
@@ -235,18 +241,23 @@ class Promoter:
             candidate=candidate,
             expected_tag=None if champion is None else expected_tag(champion),
             rebuild_on_code_change=self.settings.rebuild_on_code_change,
-            retry_at=self._retry_at(),
+            retry_at=self._retry_at(pin),
             failed_rebuild=failed_rebuild,
             held_against=held_against(self.settings, last.to_version if last else None),
             now=datetime.now(UTC),
         )
 
-    def _retry_at(self) -> dict[int, datetime]:
-        """Backoff: 1, 2, 4 … at most 60 minutes after the last of the interrupted attempts in a row."""
-        attempts = self.history.interruptions()
+    def _retry_at(self, pin: Pin | None) -> dict[int, datetime]:
+        """Backoff: 1, 2, 4 … minutes after the last of the interrupted attempts in a row, at most LONGEST_BACKOFF.
+
+        With a pin at most PIN_BACKOFF, from when it was set: who pins again wants another try now.
+        """
+        longest = PIN_BACKOFF if pin else LONGEST_BACKOFF
+        attempts = [a for a in self.history.interruptions() if pin is None or a.opened_at >= pin.pinned_at]
         if not attempts or attempts[0].closed_at is None:
             return {}
-        return {attempts[0].to_version: attempts[0].closed_at + timedelta(minutes=min(2 ** (len(attempts) - 1), 60))}
+        backoff = min(timedelta(minutes=2 ** (len(attempts) - 1)), longest)
+        return {attempts[0].to_version: attempts[0].closed_at + backoff}
 
     # ---- doing -------------------------------------------------------------------------------------------
 
@@ -587,6 +598,7 @@ class Promoter:
                 self.serving.set_served_tag(old=served, new=row.from_tag, fence=row.id, soak=timedelta(0))
             except (ServedTagChanged, StaleFence) as theirs:
                 log.warning("the served tag is not put back: %s", theirs)
+        failpoint("undo.tag_put_back")
         asked_by_hand = row.action == "follow" and result == "interrupted"  # the alias stays: it is tried again
         if row.action == "pin" and result == "failed":
             self.history.clear_pin()  # what cannot be served cannot be pinned
@@ -612,6 +624,7 @@ class Promoter:
                 reason = f"{reason}; aliases could not be put back yet: {error}"
                 raise PromotionFailed(reason, interrupted=True) from error
             log.warning("aliases follow with the pin: %s", error)
+        failpoint("undo.alias_put_back")
         self.history.close(row, now=datetime.now(UTC), result=result, reason=reason)
         what = "PromotionFailed" if result == "failed" else "PromotionInterrupted"
         self.serving.tell(what, f"version {row.to_version} ({row.to_tag or 'no bento'}): {reason}", warning=True)

@@ -8,6 +8,7 @@ pins both to MLflow's own client. Everything else goes through the client, impor
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -16,12 +17,12 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bentos.churn.database import sqlite_path
 from jobs.settings import Settings
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PRODUCTION, CANDIDATE, PREVIOUS = "production", "candidate", "previous"
 HELD, HELD_AGAINST = "held_by_replay", "held_against"  # what would change too much, beside which version
@@ -79,6 +82,11 @@ class ModelVersion:
         """Whether the gate let it through."""
         return self.tags.get("gate") == "passed"
 
+    @property
+    def spent(self) -> str:
+        """Why it is not promoted again unasked, such as `rolled_back=2024-03-01T12:00:00Z`; empty if it may be."""
+        return ", ".join(f"{tag}={self.tags[tag]}" for tag in SPENT_TAGS if tag in self.tags)
+
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -121,21 +129,24 @@ class Registry:
     def aliases(self) -> dict[str, int]:
         """Alias → version; empty when nothing is registered yet."""
         if self.url.startswith("http"):
-            found = self._get("registered-models/get", name=self.name)
-            aliases = found.get("registered_model", {}).get("aliases", []) if found else []
-            return {a["alias"]: int(a["version"]) for a in aliases}
+
+            def read(answer: Any) -> dict[str, int]:
+                return {a["alias"]: int(a["version"]) for a in answer["registered_model"].get("aliases", [])}
+
+            return self._get("registered-models/get", read, name=self.name) or {}
         rows = self._select("SELECT alias, version FROM registered_model_aliases WHERE name = ?", self.name)
         return {alias: int(version) for alias, version in rows}
 
     def version(self, number: int) -> ModelVersion | None:
         """That version, or None if there is none (or it was deleted)."""
         if self.url.startswith("http"):
-            found = self._get("model-versions/get", name=self.name, version=str(number))
-            if not found:
-                return None
-            v = found["model_version"]
-            tags = {t["key"]: t.get("value", "") for t in v.get("tags", [])}
-            return ModelVersion(number, v.get("run_id", ""), v.get("source", ""), tags)
+
+            def read(answer: Any) -> ModelVersion:
+                v = answer["model_version"]
+                tags = {t["key"]: t.get("value", "") for t in v.get("tags", [])}
+                return ModelVersion(number, v.get("run_id", ""), v.get("source", ""), tags)
+
+            return self._get("model-versions/get", read, name=self.name, version=str(number))
         rows = self._select(
             "SELECT run_id, source FROM model_versions WHERE name = ? AND version = ? "
             "AND current_stage != 'Deleted_Internal'",
@@ -163,19 +174,23 @@ class Registry:
         """The champion, or None before the first model."""
         return self.alias(PRODUCTION)
 
-    def _get(self, path: str, **query: str) -> dict[str, Any] | None:
+    def _get(self, path: str, read: Callable[[Any], T], **query: str) -> T | None:
+        """What `read` finds in MLflow's answer, None if it says that there is no such thing."""
         url = f"{self.url.rstrip('/')}/api/2.0/mlflow/{path}?{urllib.parse.urlencode(query)}"
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-                found: dict[str, Any] = json.load(answer)
-                return found
+                return read(json.load(answer))
         except urllib.error.HTTPError as error:
-            body = error.read(2000).decode("utf-8", "replace")
+            body = ""
+            with suppress(OSError, http.client.HTTPException):
+                body = error.read(2000).decode("utf-8", "replace")
             if error.code == 404 and "RESOURCE_DOES_NOT_EXIST" in body:
                 return None
             raise RegistryError(f"MLflow answered {error.code} to {path}: {body[:200]}") from error
         except (OSError, ValueError) as error:
             raise RegistryError(f"MLflow did not answer {path}: {error}") from error
+        except (http.client.HTTPException, LookupError, TypeError, AttributeError) as error:
+            raise RegistryError(f"MLflow answered {path} with something else than expected: {error!r}") from error
 
     def _select(self, sql: str, *parameters: object) -> list[Any]:
         path = sqlite_path(self.url)
@@ -216,12 +231,10 @@ class Registry:
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        """What MLflow raises, as RegistryError."""
-        from mlflow.exceptions import MlflowException
-
+        """What MLflow's client raises, as RegistryError: its own exceptions, and those of answers it cannot read."""
         try:
             yield
-        except MlflowException as error:
+        except Exception as error:
             raise RegistryError(f"MLflow did not write {what} of model {self.name}: {error}") from error
 
     def set_alias(self, alias: str, version: int) -> None:

@@ -27,7 +27,7 @@ from jobs import database, dataset, evaluation, gate, provenance
 from jobs.candidates import Selection, select
 from jobs.failpoints import failpoint
 from jobs.lease import Held, lease
-from jobs.registry import CANDIDATE, SPENT_TAGS, ModelRefused, ModelVersion, Registry, TrainingRun
+from jobs.registry import CANDIDATE, ModelRefused, ModelVersion, Registry, TrainingRun
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
 
@@ -147,7 +147,7 @@ def _retrain(settings: Settings, engine: sa.Engine | None, *, as_of: datetime) -
     if same is not None and same.tags.get("champion") == champion_number:
         if engine is not None:
             _name(registry, engine, same)
-        reason = f"version {same.version} has the same data and settings"
+        reason = f"version {same.version} has the same data and settings{_allowed_by(same)}"
         return RetrainResult("unchanged", reason, as_of, days, same.version, "passed" if same.passed else "refused")
 
     log.info("training on %s: %d rows", ", ".join(map(str, days)), len(training.features))
@@ -167,7 +167,8 @@ def _retrain(settings: Settings, engine: sa.Engine | None, *, as_of: datetime) -
         provenance.record_gate(engine, same, status)
         registry.set_tags(same.version, judged)
         _name(registry, engine, same)
-        reason = f"version {same.version} has the same data and settings, judged anew: {verdict.reason}"
+        anew = f"judged anew: {verdict.reason}{_allowed_by(same)}"
+        reason = f"version {same.version} has the same data and settings, {anew}"
         return RetrainResult("unchanged", reason, as_of, days, same.version, status, candidate.selection.name, metrics)
     run = _training_run(
         settings,
@@ -205,12 +206,18 @@ def _same_version(registry: Registry, engine: sa.Engine | None, data: str, setti
     return None
 
 
+def _allowed_by(version: ModelVersion) -> str:
+    """What has to be said of a version that passed and still is not promoted unasked."""
+    if not (version.passed and version.spent):
+        return ""
+    return f"; it is not promoted again ({version.spent}) unless `churn approve {version.version}` allows it"
+
+
 def _name(registry: Registry, engine: sa.Engine, version: ModelVersion) -> None:
     """Give the alias `candidate` to a version that was registered by a job killed before it could."""
     provenance.record_version(engine, version)
     named = registry.aliases().get(CANDIDATE)
-    spent = any(tag in version.tags for tag in SPENT_TAGS)
-    if not spent and (named is None or named < version.version):
+    if not version.spent and (named is None or named < version.version):
         registry.set_alias(CANDIDATE, version.version)
 
 

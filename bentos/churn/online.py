@@ -80,44 +80,23 @@ class OnlineStore(Protocol):
         """The features of each user, None for an unknown one; raises StoreDown or StoreEmpty."""
 
     async def probe(self) -> None:
-        """Return if look-ups can be answered; raise StoreDown or StoreEmpty if not."""
+        """Return if look-ups can be answered; raise StoreDown, StoreEmpty or LayoutMismatch if not."""
 
     def close(self) -> None:
         """Let go of connections and threads."""
 
 
 def open_store(url: str, project: str, plan: Plan) -> OnlineStore:
-    """The store at this URL. It may be away or empty: that can be over by the first request.
-
-    Raises LayoutMismatch if it is there and filled in a way that cannot be read, ValueError if the URL is none.
-    """
+    """The store at this URL, which is not asked yet; raises ValueError if the URL is none."""
     if url.startswith("sqlite:///"):
         return SqliteStore(sqlite_path(url), project, plan)
     if url.startswith(("redis://", "rediss://")):
         from bentos.churn.redis_store import RedisStore
 
-        store = RedisStore(url, project, plan)
-        _check_layout(store)
-        return store
+        return RedisStore(url, project, plan)
     raise ValueError(
         f"{url.split('://', 1)[0]}:// is no online store the service knows; expected sqlite:///, redis:// or rediss://"
     )
-
-
-def _check_layout(store: OnlineStore) -> None:
-    async def probe() -> None:
-        try:
-            await store.probe()
-        finally:
-            store.close()
-
-    try:
-        with ThreadPoolExecutor(1) as thread:  # this one may be running an event loop
-            thread.submit(asyncio.run, probe()).result()
-    except LayoutMismatch:
-        raise
-    except (StoreDown, StoreEmpty) as reason:
-        log.warning("look-ups cannot be answered yet: %s", reason)
 
 
 # --- Feast's encodings ------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Arbiter:
         signal.signal(signal.SIGINT, self._stop)
         for restarts in itertools.count():
             started = time.monotonic()
-            code = self._run_worker({**os.environ, "CHURN_WORKER_RESTARTS": str(restarts)})
+            told = {"CHURN_WORKER_RESTARTS": str(restarts), "CHURN_PARENT_PID": str(os.getpid())}
+            code = self._run_worker({**os.environ, **told})
             if self._stopping:
                 return 0 if code in (0, -signal.SIGTERM) else 1
             if code >= 0 or code == -signal.SIGTERM:

@@ -43,6 +43,7 @@ from bentos.churn.requests import RequestError
 log = logging.getLogger(__name__)
 
 LOG_DRAIN_SECONDS = 10.0
+STORE_SECONDS = 5.0  # from one look at an online store that cannot be read to the next
 _SOURCES = Path(__file__).resolve().parents[2]  # the folder that holds bentos/ and model/
 _PR_SET_PDEATHSIG = 1
 
@@ -59,6 +60,7 @@ class ChurnApi:
         self.info: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(timespec="seconds")}
         self._predictor: Any = None
         self._store: Any = None
+        self._mending: asyncio.Task[None] | None = None
         self._shipper: Any = None
         self._openapi = b"{}"
         self.pages: dict[str, Callable[[], Answer]] = {
@@ -123,12 +125,35 @@ class ChurnApi:
         return config
 
     async def warm_up(self) -> None:
-        """What the first request would pay for: a connection to the online store, wherever it is."""
-        from bentos.churn.online import StoreDown, StoreEmpty
+        """Connect to the online store, which the first request would pay for.
 
-        if self._store is not None:
-            with contextlib.suppress(StoreDown, StoreEmpty):  # look-ups say it when they are asked for
-                await self._store.probe()
+        It may be away or empty: look-ups say it. If it is filled in a way that cannot be read the process is not
+        ready until that is mended, by `materialize` or with another bento.
+        """
+        if self.reason:  # it will not be ready anyhow
+            return
+        if reason := await self._unreadable():
+            log.warning("not ready: %s", reason)
+            self.reason = reason
+            self._mending = asyncio.create_task(self._await_readable())
+
+    async def _await_readable(self) -> None:
+        while self.reason:
+            await asyncio.sleep(STORE_SECONDS)
+            self.reason = await self._unreadable()
+        log.info("ready: the online store can be read")
+
+    async def _unreadable(self) -> str:
+        """Why no look-up will be answered until something changes in the online store; empty: they may be."""
+        from bentos.churn.online import LayoutMismatch, StoreDown, StoreEmpty
+
+        try:
+            await self._store.probe()
+        except LayoutMismatch as mismatch:
+            return str(mismatch)
+        except (StoreDown, StoreEmpty) as reason:
+            log.warning("look-ups cannot be answered yet: %s", reason)
+        return ""
 
     async def predict(self, body: bytes, request_id: str, source: str) -> Answer:
         """See guard.Api."""
@@ -232,10 +257,10 @@ def _log_as_bentoml_does() -> None:
 
 
 def _end_with_parent() -> None:
-    """SIGTERM when the process that started this one dies, however it dies."""
-    parent = os.getppid()
+    """SIGTERM when the process that started this one dies, however it dies, even if that was before we asked."""
+    parent = int(os.environ.get("CHURN_PARENT_PID", os.getppid()))  # from bentos.churn.serve
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -387,13 +387,33 @@ def as_json(admin: redis_py.Redis) -> None:
 
 
 @pytest.mark.parametrize("change", [rename_fields, cut_value, drop_field, text_timestamp, as_json])
-def test_another_layout_is_refused_when_the_store_is_opened(
-    filled: Filled, playground: redis_py.Redis, plan: Plan, change: Callable[[redis_py.Redis], None]
+def test_a_probe_refuses_another_layout(
+    filled: Filled,
+    playground: redis_py.Redis,
+    opened: Opener,
+    runner: asyncio.Runner,
+    change: Callable[[redis_py.Redis], None],
 ) -> None:
     change(playground)
 
     with pytest.raises(LayoutMismatch, match="not in the layout of Feast that is read here"):
-        open_store(filled.playground, PROJECT, plan)
+        runner.run(opened(filled.playground).probe())
+
+
+def test_a_service_is_ready_once_another_layout_is_mended(
+    bento: Path, filled: Filled, playground: redis_py.Redis, database: str, tmp_path: Path
+) -> None:
+    drop_field(playground)
+    settings = serving_process.environment(database=database, online_store=filled.playground, spool=tmp_path / "spool")
+    with serving_process.start(bento, settings, wait=False) as service:
+        service.wait_answering()
+        refused = service.get("/readyz")
+        with filled.admin() as source:
+            assert source.copy(key("__sentinel__"), key("__sentinel__"), PLAYGROUND, replace=True)
+        service.wait_ready()
+
+    assert refused.status == 503
+    assert "usage_agg_30d online lacks watch_hours_30d" in refused.json()["detail"]
 
 
 def test_another_layout_is_down_and_not_unknown(playground: redis_py.Redis, read: Callable[..., Any]) -> None:
@@ -401,22 +421,6 @@ def test_another_layout_is_down_and_not_unknown(playground: redis_py.Redis, read
 
     with pytest.raises(StoreDown, match="20 fields, but none of subscriptions_profile"):
         read("nobody")
-
-
-def test_an_empty_or_absent_store_is_opened(
-    filled: Filled, playground: redis_py.Redis, plan: Plan, runner: asyncio.Runner
-) -> None:
-    drop_view(playground, plan, "usage_agg_30d", "__sentinel__")
-    open_store(filled.playground, PROJECT, plan).close()
-    playground.flushdb()
-    open_store(filled.playground, PROJECT, plan).close()
-    with in_time(IN_TIME + 0.1):
-        open_store(f"redis://127.0.0.1:{stores.free_port()}", PROJECT, plan).close()
-
-    async def within_a_loop() -> None:
-        open_store(filled.server.url, PROJECT, plan).close()
-
-    runner.run(within_a_loop())
 
 
 # --- a server that is away, slow or odd ------------------------------------------------------------------------

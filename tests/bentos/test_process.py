@@ -287,6 +287,15 @@ def test_the_worker_ends_with_its_parent(bento: Path, own: dict[str, str], datab
     assert logged(database) == [answer["prediction_id"]]
 
 
+def test_a_worker_that_is_still_being_imported_ends_with_its_parent(bento: Path, own: dict[str, str]) -> None:
+    with serving_process.start(bento, own, wait=False) as service:
+        worker = eventually(service.worker)
+        assert worker is not None
+        os.kill(service.pid, signal.SIGKILL)
+
+        eventually(lambda: not alive(worker), seconds=30)
+
+
 def test_a_service_that_starts_beside_another_leaves_its_spool_alone(
     bento: Path, own: dict[str, str], tmp_path: Path, database: str
 ) -> None:

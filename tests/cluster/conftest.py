@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.commands import Cluster, find_cluster
+from tests.cluster.commands import Cluster, NotYet, find_cluster, wait_until
 from tests.cluster.faults import quiet
 from tests.cluster.release import IMAGES, MakeRelease, Release
 from tests.cluster.story import FIRST, SECOND, Snapshots, Story
+
+IMAGES_KNOWN = 30.0  # seconds until a kubelet has told of those that were just loaded
 
 _alive: list[Release] = []  # what a failing test reports on
 
@@ -40,16 +42,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
 
 def _require_images(cluster: Cluster) -> None:
     """Without them every install would wait ten minutes to fail."""
-    there = {
-        name.removeprefix("docker.io/").removeprefix("library/")
-        for node in cluster.get("nodes")["items"]
-        for image in node["status"].get("images") or ()
-        for name in image.get("names") or ()
-    }
     wanted = {f"churn-{name}:{values['tag']}" for name, values in IMAGES["images"].items()}
-    missing = sorted({*wanted, "postgres:17", "valkey/valkey:8"} - there)
-    if missing:
-        pytest.fail(f"the cluster's nodes lack the images {', '.join(missing)}; `make up` builds and loads them")
+
+    def there() -> bool:
+        found = {
+            name.removeprefix("docker.io/").removeprefix("library/")
+            for node in cluster.get("nodes")["items"]
+            for image in node["status"].get("images") or ()
+            for name in image.get("names") or ()
+        }
+        missing = sorted({*wanted, "postgres:17", "valkey/valkey:8"} - found)
+        if missing:
+            raise NotYet(f"{', '.join(missing)} are not; `make up` builds and loads them")
+        return True
+
+    wait_until("the nodes' images are there", there, within=IMAGES_KNOWN, every=1)
 
 
 @pytest.fixture(scope="session")

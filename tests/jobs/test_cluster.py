@@ -695,6 +695,29 @@ def test_a_wrong_setting_is_the_worlds_fault(
     assert rollout.worlds_fault
 
 
+def test_what_may_pass_is_told_and_is_no_failure(
+    kubernetes: KubernetesApi, serving: KubernetesServing, readyz: Callable[[int, bytes], None]
+) -> None:
+    """The reason is there when patience ends: a feature that is not materialized yet, or not any more."""
+    kubernetes.put(DEPLOYMENTS, deployment(NEW))
+    kubernetes.put(PODS, pod("new", ip="127.0.0.1"))
+    readyz(503, b'{"detail": "a row of usage online lacks watch_hours"}')
+
+    rollout = serving.rollout()
+
+    assert rollout.failure is None
+    assert [seen.message for seen in rollout.pods] == ["/readyz says 503: a row of usage online lacks watch_hours"]
+
+
+def test_words_of_the_kubelet_are_not_the_pods(kubernetes: KubernetesApi, serving: KubernetesServing) -> None:
+    """Its first try to pull an image names a digest, too."""
+    waits = {"waiting": {"reason": "ErrImagePull", "message": "digest of sha256:0 is not found"}}
+    kubernetes.put(DEPLOYMENTS, deployment(NEW))
+    kubernetes.put(PODS, pod("new", ip="127.0.0.1", containerStatuses=[{"name": "fetch", "state": waits}]))
+
+    assert serving.rollout().failure is None
+
+
 @pytest.mark.parametrize(
     ("status", "body"),
     [(200, b"{}"), (503, b'{"detail": "the process is about to stop"}'), (503, b"\xff"), (0, b"golden\r\n\r\n")],

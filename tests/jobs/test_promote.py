@@ -130,6 +130,11 @@ def test_wanted(world: World, action: str, to: int) -> None:
         ),
         pytest.param(replace(WITH_CANDIDATE, pin=PIN), "pinned to", id="pinned"),
         pytest.param(
+            replace(SETTLED, pin=replace(PIN, bento_tag=TAG_2, version=2), retry_at={2: NOW + timedelta(minutes=2)}),
+            "but that was interrupted; next try at 12:02:00",
+            id="pinned, interrupted",
+        ),
+        pytest.param(
             replace(SETTLED, pin=PIN, aliases={}, registered=False), "pinned to", id="pinned, version deleted"
         ),
         pytest.param(
@@ -209,6 +214,29 @@ def test_killed_after_a_step_the_next_run_ends_it(promotable: Copy, trained: Tra
     assert again.result == ("idle" if step == "promote.closed" else "promoted")
     assert state(settings) == (2, trained.second_tag, {PRODUCTION: 2, PREVIOUS: 1})
     assert [r.to_version for r in History(connect(settings.database)).rows()] == [2, 1]
+
+
+@pytest.mark.parametrize("step", [step for step in failpoints.STEPS if step.startswith("undo.")])
+def test_killed_while_it_undoes_the_next_run_ends_it(promotable: Copy, trained: Trained, step: str) -> None:
+    """The row is still open, so the promotion is tried again: one row, and alias and served tag agree."""
+    settings = promotable()
+    killed = churn(settings, "promote", CHURN_FAILPOINT=f"promote.patched=raise,{step}=exit")
+    assert killed.returncode == 137, killed.stderr
+    assert promote(settings).result == "promoted"
+    assert state(settings) == (2, trained.second_tag, {PRODUCTION: 2, PREVIOUS: 1})
+    assert [r.to_version for r in History(connect(settings.database)).rows()] == [2, 1]
+
+
+@pytest.mark.parametrize("step", [step for step in failpoints.STEPS if step.startswith("pin.")])
+def test_rollback_killed_is_ended_by_promote(promotable: Copy, trained: Trained, step: str) -> None:
+    """It is a record first: what was pinned serves after the next run, and stays."""
+    settings = promotable()
+    promote(settings)
+    killed = churn(settings, "rollback", "--reason", "doubts", CHURN_FAILPOINT=f"{step}=exit")
+    assert killed.returncode == 137, killed.stderr
+    assert promote(settings).result == "rolled_back"
+    assert state(settings)[:2] == (1, trained.first_tag)
+    assert "pinned to" in promote(settings).reason
 
 
 def test_alias_moved_by_a_hand_is_followed(promotable: Copy, trained: Trained) -> None:
@@ -359,6 +387,23 @@ def test_second_rollback_target_is_named(promotable: Copy) -> None:
         rollback(settings, to=7, reason="", by="ada")
 
 
+def test_a_rollback_that_is_interrupted_is_tried_again_with_backoff(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not each minute, and at once if somebody rolls back again."""
+    settings = promotable()
+    promote(settings)
+    monkeypatch.setenv("CHURN_FAILPOINT", "promote.patched=raise")
+    for _ in range(2):
+        with pytest.raises(PromotionFailed, match="interrupted"):
+            rollback(settings, reason="doubts", by="ada")
+    assert "but that was interrupted; next try at" in promote(settings).reason
+    assert LocalServing(settings).served_tag() == trained.second_tag
+    monkeypatch.delenv("CHURN_FAILPOINT")
+    assert rollback(settings, reason="doubts still", by="ada").result == "rolled_back"
+    assert state(settings)[:2] == (1, trained.first_tag)
+
+
 def test_pin_holds_a_candidate_back(promotable: Copy, trained: Trained) -> None:
     settings = promotable()
     assert pin(settings, reason="audit", by="ada").result == "idle"
@@ -398,6 +443,15 @@ def test_a_database_older_than_what_serves_is_refused_until_adopted(promotable: 
     assert state(settings)[:2] == (2, trained.second_tag)
     with pytest.raises(NothingToDo, match="nothing to adopt"):
         adopt(settings, by="ada")
+
+
+def test_approve_leaves_the_candidate_alone_if_there_is_nothing_to_approve(promotable: Copy) -> None:
+    settings = promotable()
+    with pytest.raises(NothingToDo, match="version 1 is in production already"):
+        approve(settings, 1, by="ada", reason="")
+    with pytest.raises(NothingToDo, match="has no version 7; there are 1, 2"):
+        approve(settings, 7, by="ada", reason="")
+    assert Registry(settings).aliases() == {PRODUCTION: 1, CANDIDATE: 2}
 
 
 def test_approve_refuses_what_the_gate_refused(promotable: Copy) -> None:

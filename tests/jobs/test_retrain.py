@@ -16,7 +16,10 @@ import sqlalchemy as sa
 
 from jobs import dataset
 from jobs.database import connect, retrains
+from jobs.failpoints import STEPS
 from jobs.lease import lease
+from jobs.pin import rollback
+from jobs.promote import promote
 from jobs.provenance import record_of
 from jobs.registry import CANDIDATE, PRODUCTION, Registry
 from jobs.retrain import fill, retrain
@@ -167,7 +170,17 @@ def test_another_champion_renews_the_verdict_and_registers_nothing(promotable: C
     assert len(registry.versions()) == 2
 
 
-@pytest.mark.parametrize("step", ["retrain.trained", "retrain.recorded", "retrain.registered"])
+def test_a_version_that_was_rolled_back_is_not_trained_again_and_the_way_out_is_named(promotable: Copy) -> None:
+    settings = promotable()
+    promote(settings)
+    rollback(settings, reason="doubts", by="ada")
+    found = retrain(settings, as_of=SECOND_KNOWN)
+    assert found.result == "unchanged"
+    assert "rolled_back=" in found.reason
+    assert "unless `churn approve 2` allows it" in found.reason
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step.startswith("retrain.")])
 def test_killed_retraining_leaves_nothing_half_done(home: Path, step: str) -> None:
     """No version without its tags; the next run registers, or names what was registered."""
     settings = settings_for(home)
