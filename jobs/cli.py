@@ -1,15 +1,18 @@
 """The command line: reads clock and environment once, calls one job, prints what came of it.
 
 Importing this must stay quick, because `churn promote` runs every minute: jobs are imported where they are
-called. Exit code 0: done, also when there was nothing to do; 1: the job failed; 2: wrong use or settings.
+called. Exit code 0: done, also when there was nothing to do; 1: the job failed; 2: wrong use or settings;
+130: interrupted; 141: nobody reads what it prints any more.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -57,14 +60,27 @@ AsOf = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
 By = Annotated[str, typer.Option("--by", help="Who asks; recorded.")]
-USER = os.environ.get("USER") or "someone"
+
+
+def _user() -> str:
+    try:
+        return os.environ.get("USER") or getpass.getuser()
+    except (KeyError, OSError):  # a container's user often has a number and no name
+        return f"uid {os.getuid()}"
+
+
+USER = _user()
 
 
 @contextmanager
 def _job(as_json: bool) -> Iterator[Settings]:
     """Settings and logging for one job; an error the job raises ends as one line on standard error and exit code 1."""
+    level = os.environ.get("CHURN_LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        typer.echo(f"churn: CHURN_LOG_LEVEL is {level!r}; expected DEBUG, INFO, WARNING or ERROR", err=True)
+        raise typer.Exit(2)
     logging.basicConfig(
-        level=os.environ.get("CHURN_LOG_LEVEL", "INFO"),
+        level=level,
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s" if not sys.stderr.isatty() else "%(message)s",
     )
@@ -89,13 +105,33 @@ def _job(as_json: bool) -> Iterator[Settings]:
     except Exception as error:
         if isinstance(error, typer.Exit):
             raise
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            raise typer.Exit(128 + signal.SIGPIPE) from None
         log.debug("the job failed", exc_info=True)
-        if os.environ.get("CHURN_LOG_LEVEL") == "DEBUG":
+        if level == "DEBUG":
             raise
-        typer.echo(f"churn: {error or type(error).__name__}", err=True)
+        typer.echo(f"churn: {_said(error, settings) or type(error).__name__}", err=True)
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _said(error: Exception, settings: Settings) -> str:
+    """Its sentence; of SQLAlchemy's pages only what the database said, which names no statement and no values."""
+    original = getattr(error, "orig", None)
+    if original is None:
+        return str(error)
+    from jobs.database import redact
+
+    return f"the database {redact(settings.database)}: {' '.join(str(original).split())}"
+
+
+def _nobody_reads() -> bool:
+    """Whether the broken pipe is standard output, as in `churn history | head -1`, and no server's connection."""
+    pipe = select.poll()
+    pipe.register(sys.stdout, 0)
+    return bool(pipe.poll(0))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -124,7 +160,14 @@ def _print(result: Any, as_json: bool, *, keys: tuple[str, ...] = ()) -> None:
         typer.echo(json.dumps(plain, indent=1))
         return
     shown = {key: plain[key] for key in keys or plain if plain.get(key) not in (None, [], {}, "")}
-    typer.echo(" ".join(f"{key}={json.dumps(v) if isinstance(v, str) and ' ' in v else v}" for key, v in shown.items()))
+    typer.echo(" ".join(f"{key}={_word(value)}" for key, value in shown.items()))
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{key}:{item}" for key, item in value.items()]
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return json.dumps(text, ensure_ascii=False) if " " in text else text
 
 
 def _now() -> datetime:
@@ -194,9 +237,6 @@ def ingest(
         from jobs.ingest import ingest as run
 
         result = run(settings, folder, as_of=as_of.date(), now=_now(), dry_run=dry_run)
-        if not json_:
-            for warning in result.warnings:
-                typer.echo(f"warning: {warning}", err=True)
         _print(result.as_dict(), json_, keys=("day", "result", "rows", "fingerprint"))
 
 
@@ -270,8 +310,11 @@ def drift(
             from jobs.retention import prune
 
             prune(settings, now=_now())
+        found = {**result.as_json(), "started": _plain(result.started)}
+        if not json_ and isinstance(found["started"], dict):  # retrain's answer; on a cluster the Job's name
+            found["started"] = "{result}: {reason}".format_map(found["started"])
         _print(
-            result.as_json(),
+            found,
             json_,
             keys=(
                 "as_of",
@@ -282,6 +325,7 @@ def drift(
                 "realised_auc",
                 "decision",
                 "reason",
+                "started",
                 "run_id",
             ),
         )
@@ -434,9 +478,11 @@ def history(limit: Annotated[int, typer.Option(min=1)] = 20, json_: Json = False
         if json_:
             typer.echo(json.dumps(_plain(rows), indent=1))
             return
+        if not rows:
+            typer.echo("nothing was promoted yet")
         for row in rows:
             versions = f"{row.from_version or '-'} -> {row.to_version}"
-            what = f"{row.id:>4}  {row.opened_at:%Y-%m-%d %H:%M:%S}  {row.action:<8} {versions:<9}"
+            what = f"{row.id:>4}  {row.opened_at:%Y-%m-%d %H:%M:%S} UTC  {row.action:<8} {versions:<9}"
             typer.echo(f"{what} {row.result or 'open':<12} {row.by}: {row.reason}")
 
 
@@ -489,13 +535,19 @@ def verify(
 def settings(json_: Json = False) -> None:
     """Every setting with its variable, value and meaning."""
     with _job(json_) as found:
+        from pydantic import SecretStr
+
         from jobs.settings import Settings
+        from jobs.supervisor import as_environment
 
         if json_:
             typer.echo(re.sub(r"//([^/@\"]*:)?[^/@\"]*@", r"//***@", found.model_dump_json(indent=1)))
             return
+        secret = {f"CHURN_{name.upper()}": str(value) for name, value in found if isinstance(value, SecretStr)}
+        given = {**as_environment(found), **secret}
         for name, field in Settings.model_fields.items():
-            value = re.sub(r"//([^/@]*:)?[^/@]*@", r"//***@", str(getattr(found, name)))  # no password on a screen
+            value = given.get(f"CHURN_{name.upper()}", "")
+            value = re.sub(r"//([^/@]*:)?[^/@]*@", r"//***@", value)  # no password on a screen
             value = re.sub(r"(https?://[^?]*)\?.*", r"\1?***", value)  # nor a signature
             typer.echo(f"CHURN_{name.upper():<24} {value:<24} {field.description}")
 

@@ -213,6 +213,7 @@ class DriftResult:
             "comparison": [asdict(column) for column in self.comparison],
             "finding": self.finding,
             "realised": realised,
+            "realised_auc": self.realised_auc,
             "realised_reason": self.realised_reason,
             "logged": [asdict(column) for column in self.logged],
             "logged_reason": self.logged_reason,

@@ -107,16 +107,17 @@ def lines(found: Explanation) -> list[tuple[str, str]]:
         ("served by", f"{row['bento_tag']}, model version {row['model_version']}"),
     ]
     if promotion:
-        when = f"{promotion['opened_at']:%Y-%m-%d %H:%M:%S}"
+        when = f"{promotion['opened_at']:%Y-%m-%d %H:%M:%S} UTC"
         shown.append(("promoted", f"{when} by {promotion['by']} ({promotion['action']}): {promotion['reason']}"))
     else:
         shown.append(("promoted", "no promotion of it is on record"))
     if training:
         day, how = training.get("trained_as_of", "?"), training.get("algorithm", "a model")
         shown.append(("trained", f"{how} on the snapshot of {day}, data {training.get('data_fingerprint', '?')[:12]}"))
-        shown.append(("gate", f"{training.get('gate', '?')}: {training.get('gate_reason', '')}"))
+        judged = [training.get("gate", "?"), training.get("gate_reason")]
+        shown.append(("gate", ": ".join(filter(None, judged))))
     if found.training_missing:
-        shown.append(("" if training else "trained", f"not known: {found.training_missing}"))
+        shown.append(("algorithm, gate reason" if training else "trained", f"not known: {found.training_missing}"))
     if found.features_age_days is not None:
         stale = ", stale" if row["stale"] else ""
         shown.append(("features as of", f"{row['features_as_of']}, {found.features_age_days:.1f} days old then{stale}"))

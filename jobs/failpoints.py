@@ -7,6 +7,7 @@ enumerate, so that a new step without a test fails.
 from __future__ import annotations
 
 import os
+import re
 import time
 
 STEPS = (
@@ -32,6 +33,17 @@ class Failpoint(RuntimeError):
     """Raised by a step that was told to."""
 
 
+def acts() -> dict[str, str]:
+    """What `CHURN_FAILPOINT` says, by step; raises ValueError if that is no step or nothing it could do."""
+    said = [part.partition("=") for part in os.environ.get("CHURN_FAILPOINT", "").split(",") if part]
+    for step, _, act in said:
+        if step not in STEPS:
+            raise ValueError(f"CHURN_FAILPOINT names {step!r}; expected one of {', '.join(STEPS)}")
+        if not re.fullmatch(r"exit|raise|sleep:\d+(\.\d+)?", act):
+            raise ValueError(f"CHURN_FAILPOINT says {step}={act}; expected exit, raise or sleep:SECONDS")
+    return {step: act for step, _, act in said}
+
+
 def failpoint(step: str) -> None:
     """Do nothing, or what `CHURN_FAILPOINT` says of this step.
 
@@ -39,8 +51,7 @@ def failpoint(step: str) -> None:
     """
     if step not in STEPS:
         raise ValueError(f"{step} is not listed in jobs.failpoints.STEPS")
-    acts = dict(part.split("=", 1) for part in os.environ.get("CHURN_FAILPOINT", "").split(",") if "=" in part)
-    act = acts.get(step)
+    act = acts().get(step)
     if act is None:
         return None
     if act == "exit":

@@ -42,6 +42,13 @@ class Pin:
     pinned_at: datetime
 
 
+def older_database(tag: str | None, fence: int, newest: int) -> str:
+    """That the database does not know the promotion that wrote what serves, and the way out."""
+    wrote = f"{tag} was written by promotion {fence}"
+    remedy = "is it another database, or was an older backup restored? `churn adopt` goes on from what serves"
+    return f"the database knows promotions up to {newest}, but {wrote}: {remedy}"
+
+
 class History:
     """Reads and writes of `promotions` and `pins`."""
 

@@ -81,7 +81,9 @@ def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, vers
     except (OSError, subprocess.SubprocessError):
         raise  # a full disk, a build that hangs: not the model's fault
     except Exception as error:  # parity, an unsafe operator, or whatever the converter says of a model it cannot take
-        said = " ".join(str(error).split())[-500:]  # the cause is at the end
+        said = " ".join(str(error).split())
+        if len(said) > 500:  # a converter begins with the cause, the output of a program ends with it
+            said = f"{said[:250]} … {said[-250:]}"
         raise ModelRefused(f"version {version.version} cannot be packaged: {said}") from error
     log.info(
         "built %s: %d KB, parity %.1e on %d rows",

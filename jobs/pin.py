@@ -19,7 +19,7 @@ from jobs.history import GOOD, History, Pin
 from jobs.lease import lease
 from jobs.package import bento_of
 from jobs.promote import Promoter, PromoteResult
-from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry
+from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry, RegistryError
 from jobs.serving import Serving, serving_of
 from jobs.settings import Settings
 
@@ -78,10 +78,21 @@ def _pin(
     return result
 
 
-def unpin(settings: Settings) -> Pin | None:
-    """End the pin; promotion goes on with the next candidate. Returns the pin that ended, None if there was none."""
+def unpin(settings: Settings, *, serving: Serving | None = None) -> Pin | None:
+    """End the pin; promotion goes on with the next candidate. Returns the pin that ended, None if there was none.
+
+    If the model registry was down when the pin was made, its alias has to follow first: otherwise it would be taken for
+    moved by a hand. Raises RegistryError if that is still so.
+    """
     history = History(connect(settings.database))
-    found = history.pin()
+    found, last = history.pin(), history.last(good=True)
+    if found is not None and last is not None and last.to_tag == found.bento_tag:
+        try:
+            follows = Registry(settings).aliases().get(PRODUCTION) == found.version
+        except RegistryError as error:
+            raise RegistryError(f"{error}; the pin stays until alias {PRODUCTION} is known to follow it") from error
+        if not follows:
+            Promoter(settings, serving, by=found.by).run(wait=LEASE_WAIT)
     history.clear_pin()
     return found
 
@@ -159,10 +170,12 @@ def _stored(engine: sa.Engine, version: int) -> tuple[str, int]:
 def _before(engine: sa.Engine) -> tuple[str, int]:
     """What was served before the current version was promoted; rollbacks in between do not count, so twice is once.
 
-    While a promotion is under way that is what it wants to replace.
+    While a promotion is under way that is what it wants to replace; while a rollback is, what that goes back to.
     """
     history = History(engine)
     open_row = history.open_row()
+    if open_row is not None and open_row.action == "pin" and open_row.to_tag:
+        return open_row.to_tag, open_row.to_version
     if open_row is not None and open_row.from_tag and open_row.from_version and open_row.from_tag != open_row.to_tag:
         return open_row.from_tag, open_row.from_version
     rows = [row for row in history.rows(limit=500) if row.result in GOOD and row.action != "pin"]

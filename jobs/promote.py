@@ -21,7 +21,7 @@ from typing import Any, Literal
 from jobs.canary import Canary
 from jobs.database import await_answer, connect
 from jobs.failpoints import failpoint
-from jobs.history import History, Pin, Promotion
+from jobs.history import History, Pin, Promotion, older_database
 from jobs.lease import Held, lease
 from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, prune_bentos
 from jobs.registry import (
@@ -77,7 +77,7 @@ class World:
     served_tag: str | None
     served_version: int | None  # of the served tag, where its archive is known
     last: Promotion | None  # the last promotion that ended well
-    registered: bool  # whether the registry still has the version that should be served
+    registered: bool  # whether the registry still has the model that should be served, under its number
     candidate: ModelVersion | None
     expected_tag: str | None  # of the last promotion's version with today's serving code
     rebuild_on_code_change: bool
@@ -134,9 +134,11 @@ def decide(world: World) -> Want | Idle:
             last.to_tag,
             f"the served tag is {world.served_tag}, the record says {last.to_tag}",
         )
-    if last is not None and production is None and not world.registered:
-        return Idle(f"version {last.to_version} was deleted from the model registry; {last.to_tag} serves on")
-    if last is not None and production is None:
+    approved = world.candidate is not None and "approved_by" in world.candidate.tags
+    if last is not None and production is None and not world.registered and not approved:
+        gone = f"version {last.to_version} was deleted from the model registry, or that is another one"
+        return Idle(f"{gone}; {last.to_tag} serves on; `churn approve N` replaces it by version N")
+    if last is not None and production is None and world.registered:
         return Want(
             "restore",
             last.to_version,
@@ -182,7 +184,10 @@ def _candidate(world: World) -> Want | Idle:
         return Idle(f"{name} waits for `churn approve {candidate.version}`: {candidate.tags.get(HELD)}")
     if waits := world.waits(candidate.version):
         return Idle(f"{name} {waits}")
-    why = f"approved by {candidate.tags['approved_by']}" if approved else candidate.tags.get("gate_reason", "")
+    why = candidate.tags.get("gate_reason", "")
+    if approved:
+        said = candidate.tags.get("approved_reason")
+        why = f"approved by {candidate.tags['approved_by']}" + (f": {said}" if said else "")
     return Want("promote", candidate.version, None, why)
 
 
@@ -219,9 +224,8 @@ class Promoter:
             aliases = self.registry.aliases()
             number = aliases.get(CANDIDATE)
             candidate = None if number is None else self.registry.version(number)
-            champion = None if last is None else self.registry.version(last.to_version)
-            wanted = pin.version if pin else last.to_version if last else None
-            registered = wanted is None or self.registry.version(wanted) is not None
+            champion = self._registered(last.to_version, last.to_tag) if last else None
+            registered = self._registered(pin.version, pin.bento_tag) is not None if pin else champion is not None
         except RegistryError:
             if pin is None:
                 raise
@@ -246,6 +250,11 @@ class Promoter:
             held_against=held_against(self.settings, last.to_version if last else None),
             now=datetime.now(UTC),
         )
+
+    def _registered(self, number: int, tag: str | None) -> ModelVersion | None:
+        """The version that this bento was made of; None if it was deleted, or its number now is another run's."""
+        found, stored = self.registry.version(number), bento_of(self.engine, tag) if tag else None
+        return None if found is not None and stored is not None and found.run_id != stored.run_id else found
 
     def _retry_at(self, pin: Pin | None) -> dict[int, datetime]:
         """Backoff: 1, 2, 4 … minutes after the last of the interrupted attempts in a row, at most LONGEST_BACKOFF.
@@ -291,13 +300,10 @@ class Promoter:
 
     def _refuse_older_database(self) -> None:
         """Raise if the served tag was written by a promotion that the record does not know: a restored backup."""
-        newest = self.history.newest_id()
-        if self.serving.fence() > newest:
-            wrote = f"{self.serving.served_tag()} was written by promotion {self.serving.fence()}"
-            remedy = "was an older backup restored? `churn adopt` goes on from what serves"
-            raise PromotionFailed(
-                f"the database knows promotions up to {newest}, but {wrote}: {remedy}", interrupted=True
-            )
+        fence = self.serving.fence()
+        newest = self.history.newest_id()  # in this order: whoever promotes now opens a row first
+        if fence > newest:
+            raise PromotionFailed(older_database(self.serving.served_tag(), fence, newest), interrupted=True)
 
     def _refuse_what_cannot_serve(self) -> None:
         """Raise if what should be served never will be: promoted while nothing served, so that nobody noticed."""

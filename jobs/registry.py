@@ -24,6 +24,8 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sqlalchemy import select
+
 from bentos.churn.database import sqlite_path
 from jobs.settings import Settings
 
@@ -195,6 +197,7 @@ class Registry:
     def _select(self, sql: str, *parameters: object) -> list[Any]:
         path = sqlite_path(self.url)
         if not path.exists():
+            self._refuse_if_there_were_versions(path)
             return []
         try:
             uri = f"{path.resolve().as_uri()}?mode=ro"
@@ -204,6 +207,14 @@ class Registry:
             if "no such table" in str(error):  # MLflow has not made its schema yet
                 return []
             raise RegistryError(f"MLflow's database {path.name}: {error}") from error
+
+    def _refuse_if_there_were_versions(self, path: Path) -> None:
+        """Raise where a registry that is not there is not one that nothing was registered in yet."""
+        from jobs.database import connect, models
+
+        with connect(self.settings.database).connect() as connection:
+            if connection.execute(select(models.c.run_id).limit(1)).first() is not None:
+                raise RegistryError(f"MLflow's database {path} is not there, though models were registered in it")
 
     # ---- through MLflow's client -------------------------------------------------------------------------
 

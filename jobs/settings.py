@@ -26,6 +26,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from jobs.failpoints import acts
+
 Mode = Literal["auto", "manual", "dryRun", "off"]
 Estimator = Literal["dummy", "logistic_regression", "random_forest", "gradient_boosting"]
 
@@ -247,6 +249,13 @@ class Settings(BaseSettings):
             raise ValueError("expected whole days, at least 1d, because labels are known at the end of a day")
         return value
 
+    @field_validator("promotion_deadline")
+    @classmethod
+    def _a_pod_can_start(cls, value: timedelta) -> timedelta:
+        if value < timedelta(seconds=10):
+            raise ValueError("expected 10s or more: no pod starts faster, and each version would be marked as failed")
+        return value
+
     @model_validator(mode="after")
     def _k_of_n(self) -> Settings:
         if self.drift_k > self.drift_n:
@@ -300,6 +309,10 @@ def load_settings(**overrides: object) -> Settings:
         meant = None if others.match(variable) else difflib.get_close_matches(variable, known, n=1, cutoff=0.88)
         if meant:
             raise SettingsError(f"{variable} is not a setting; {meant[0]} is")
+    try:
+        acts()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:

@@ -10,14 +10,14 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from bentos.churn.database import sqlite_path
 from jobs.database import connect, drift_checks, predictions, retrains
-from jobs.history import History, Pin, Promotion
+from jobs.history import History, Pin, Promotion, older_database
 from jobs.lease import is_held
 from jobs.registry import CANDIDATE, HELD, HELD_AGAINST, PREVIOUS, PRODUCTION, Registry
 from jobs.replay import held_against
@@ -28,6 +28,7 @@ from jobs.snapshots import Snapshots
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+SHOWN = timedelta(days=7)  # that a promotion was undone is said as a problem
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,16 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
     training = tables.training
     if rollout is not None:
         problems += _of_serving(settings, rollout)
-    if last is not None and last.result in ("failed", "interrupted"):
-        problems.append(f"the last promotion (version {last.to_version}) {last.result}: {last.reason}")
+    if last is not None and last.result in ("failed", "interrupted") and _is_recent(last):
+        problems.append(f"the last promotion (version {last.to_version}) {last.result} and was undone: {last.reason}")
+    if open_row is not None and _was_left(settings, open_row):
+        problems.append(f"promotion {open_row.id} was left open; `churn promote` finishes or undoes it")
     if read is not None and aliases is not None and rollout is not None and open_row is None:
-        problems += _disagreements(aliases.get(PRODUCTION), good, rollout.served_tag)
+        production, wanted = aliases.get(PRODUCTION), rollout.served_tag
+        asked = _ask(
+            lambda: _disagreements(settings, serving, production, good, wanted), problems, "a store", "ask once more"
+        )
+        problems += asked or []
     retraining = None if training is None else training.result
     if training is not None and retraining is None and _was_killed(settings, training.id):
         retraining = "killed"
@@ -87,6 +94,7 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
     ready = [] if rollout is None else [pod.bento_tag for pod in rollout.pods if pod.ready]
     wanted = None if rollout is None else rollout.served_tag
     return {
+        "home": None if settings.deployment else str(settings.home.resolve()),
         "production": aliases.get(PRODUCTION),
         "candidate": aliases.get(CANDIDATE),
         "previous": aliases.get(PREVIOUS),
@@ -202,16 +210,40 @@ def _of_serving(settings: Settings, rollout: Rollout) -> list[str]:
     return found
 
 
-def _disagreements(production: int | None, good: Promotion | None, wanted_tag: str | None) -> list[str]:
+def _disagreements(
+    settings: Settings, serving: Serving, production: int | None, good: Promotion | None, wanted_tag: str | None
+) -> list[str]:
     """Where alias, record and served tag differ though no promotion is under way: at most one entry."""
+    fence = serving.fence()
+    newest = History(connect(settings.database)).newest_id()  # in this order: whoever promotes now opens a row first
+    if fence > newest:
+        return [older_database(wanted_tag, fence, newest)]
     version, tag = (good.to_version, good.to_tag) if good else (None, None)
     if tag != wanted_tag:
         said = f"the served tag is {wanted_tag or 'empty'}, the record of promotions says {tag or 'nothing'}"
         return [f"{said}; `churn promote` settles it"]
     if production != version:
+        if version is not None and production is None and Registry(settings).version(version) is None:
+            remedy = "correct CHURN_MLFLOW_URL or CHURN_RELEASE, or let `churn retrain` make another"
+            return [f"the model registry does not have version {version}, which serves as {wanted_tag}; {remedy}"]
         alias = f"alias {PRODUCTION} points to {f'version {production}' if production else 'no version'}"
         return [f"{alias}, what should serve is {wanted_tag or 'nothing'}; `churn promote` settles it"]
     return []
+
+
+def _is_recent(row: Promotion) -> bool:
+    return row.closed_at is not None and datetime.now(UTC) - row.closed_at < SHOWN
+
+
+def _was_left(settings: Settings, row: Promotion) -> bool:
+    """Whether nobody works on an open promotion: its lease is free, and still it is open."""
+    try:
+        if is_held(settings, "promote") is not False:
+            return False
+        still = History(connect(settings.database)).open_row()
+    except Exception:  # the cluster or the database does not answer
+        return False
+    return still is not None and still.id == row.id
 
 
 def _was_killed(settings: Settings, training: int) -> bool:
@@ -268,7 +300,8 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     last, training = found["last_promotion"], found["retrain"]
     versions = [f"{alias} {found[alias] or '-'}" for alias in ("production", "previous", "candidate")]
     newest = ", ".join((found["snapshots"] or [])[-3:]) or "none"
-    shown = [("serving now", _serving_now(found)), ("versions", ", ".join(versions))]
+    shown = [("home", found["home"])] if found["home"] else []
+    shown += [("serving now", _serving_now(found)), ("versions", ", ".join(versions))]
     if pin:
         shown.append(("pinned", f"{pin['bento_tag']} by {pin['by']}: {pin['reason']} (`churn unpin` ends it)"))
     if found["waiting"]:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
+import shlex
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from jobs import cli
 from jobs.cli import app
 from jobs.lease import lease
 from jobs.settings import Settings
 from jobs.supervisor import as_environment
 from tests.conftest import REPOSITORY
-from tests.jobs.conftest import settings_for
+from tests.jobs.conftest import Trained, settings_for
 
 Copy = Callable[..., Settings]
 
@@ -118,6 +124,17 @@ def test_refused_snapshot_is_reported_and_exit_code_1(churn: Churn, tmp_path: Pa
     assert "subscriptions" in error and "net_service" in error and "Satellite" in error
 
 
+def test_ingest_warns_once_and_counts_rows_by_table(tmp_path: Path, simulated: Path) -> None:
+    delivery = Path(shutil.copytree(simulated / "2024-01-31", tmp_path / "delivery"))
+    (delivery / "notes.csv").write_text("a note\n")
+    done = subprocess.run([sys.executable, "-m", "jobs.cli", "ingest", delivery, "--as-of", "2024-01-31"],
+                          env={**os.environ, "CHURN_HOME": str(tmp_path / "home")},
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("notes.csv: ignored") == 1
+    assert " rows=users:3000,subscriptions:3000," in done.stdout
+
+
 def test_results_are_json_for_machines(churn: Churn, promotable: Copy) -> None:
     settings = promotable()
     code, output, _ = churn(settings, "promote", "--dry-run", "--json")
@@ -143,6 +160,32 @@ def test_status_has_the_keys_that_machines_rely_on(churn: Churn, promotable: Cop
     assert "production 1" in output and "candidate 2" in output
 
 
+def test_a_folder_without_a_home_is_named(churn: Churn, tmp_path: Path) -> None:
+    """Who is in another folder than yesterday sees it."""
+    settings = settings_for(tmp_path / "elsewhere")
+    assert churn(settings, "history")[:2] == (0, "nothing was promoted yet\n")
+    assert f"home            {tmp_path / 'elsewhere'}\n" in churn(settings, "status")[1]
+
+
+def test_a_log_level_that_is_none_is_a_wrong_setting(
+    churn: Churn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHURN_LOG_LEVEL", "loud")
+    code, _, said = churn(settings_for(tmp_path), "history")
+    assert (code, said) == (2, "churn: CHURN_LOG_LEVEL is 'LOUD'; expected DEBUG, INFO, WARNING or ERROR\n")
+
+
+def test_what_a_database_said_is_one_sentence(churn: Churn, promotable: Copy) -> None:
+    settings = promotable()
+    with closing(sqlite3.connect(settings.home / "churn.db")) as connection:
+        connection.execute("CREATE TRIGGER no BEFORE INSERT ON pins BEGIN SELECT RAISE(ABORT, 'no pins today'); END")
+        connection.commit()
+    code, _, said = churn(settings, "pin", "--why", "a secret")
+    assert code == 1
+    assert said.splitlines()[-1] == f"churn: the database sqlite:///{settings.home}/churn.db: no pins today"
+    assert "a secret" not in said
+
+
 def test_status_of_an_empty_home(churn: Churn, tmp_path: Path) -> None:
     code, output, _ = churn(settings_for(tmp_path), "status")
     assert code == 1
@@ -154,6 +197,100 @@ def test_settings_are_listed_with_their_meaning(churn: Churn, tmp_path: Path) ->
     assert code == 0
     assert "CHURN_DRIFT_SHARE" in output and "share of feature columns that is dataset drift" in output
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_settings_are_shown_as_they_can_be_given(churn: Churn, tmp_path: Path) -> None:
+    """What is not set is shown as nothing, a secret as stars."""
+    settings = settings_for(tmp_path, promotion_soak="90s", serve_as_of="2024-02-29", probe_token="x" * 20)
+    code, output, _ = churn(settings, "settings")
+    assert code == 0
+    shown = {}
+    for line in output.splitlines():
+        name, rest = line.split(" ", 1)
+        meaning = Settings.model_fields[name.removeprefix("CHURN_").lower()].description
+        shown[name] = rest.removesuffix(f" {meaning}").strip()
+    unset = dict.fromkeys((f"CHURN_{name.upper()}" for name in Settings.model_fields), "")
+    assert shown == {**unset, **as_environment(settings), "CHURN_PROBE_TOKEN": "**********"}
+    assert (shown["CHURN_LABEL_HORIZON"], shown["CHURN_CANDIDATES"]) == ("30d", '["logistic_regression"]')
+
+
+def test_a_reader_that_has_enough_is_told_nothing(tmp_path: Path) -> None:
+    """`churn settings | head -1` ends as other programs do on a closed pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run([sys.executable, "-m", "jobs.cli", "settings"], stdout=pipe, stderr=subprocess.PIPE,
+                              env={**os.environ, "CHURN_HOME": str(tmp_path)}, text=True, timeout=60, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_server_that_hangs_up_is_a_failure(tmp_path: Path) -> None:
+    """It is the same error as that of a reader who has gone."""
+    script = (
+        "import sys\n"
+        "from jobs import cli, promote\n"
+        "def hang_up(*_, **__):\n"
+        "    raise BrokenPipeError(32, 'Broken pipe')\n"
+        "promote.promote = hang_up\n"
+        "sys.argv = ['churn', 'promote']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "CHURN_HOME": str(tmp_path)},
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "churn: [Errno 32] Broken pipe\n")
+
+
+def test_who_asks_is_known_without_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In cron, or after sudo; in a container, where users often have no name, it is the number."""
+    for variable in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert cli._user() == pwd.getpwuid(os.getuid()).pw_name
+
+    def nameless(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
+    assert cli._user() == f"uid {os.getuid()}"
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["line", "json"])
+def test_drift_says_what_it_found_and_what_retrain_answered(churn: Churn, promotable: Copy, as_json: bool) -> None:
+    code, output, error = churn(promotable(), "drift", "--as-of", "2024-03-31", *["--json"] * as_json)
+    assert code == 0, error
+    if as_json:
+        found = json.loads(output)
+        assert (found["started"]["result"], found["started"]["version"]) == ("unchanged", 2)
+        assert found["realised_auc"] == found["realised"]["holdout"]["auc"]
+    else:
+        assert re.search(r" realised_auc=0\.\d+ decision=retrain ", output)
+        assert re.search(r' reason="rebuffer_events_7d drifted \([0-9.]+ ≥ 0\.1\): ', output)
+        assert ' started="unchanged: version 2 ' in output
+
+
+def test_history_says_which_clock_it_means(churn: Churn, promotable: Copy) -> None:
+    assert re.search(r" \d\d:\d\d:\d\d UTC  promote ", churn(promotable(), "history")[1])
+
+
+def test_a_rollback_that_moves_nothing_says_so(churn: Churn, promotable: Copy, trained: Trained) -> None:
+    settings = promotable()
+    code, output, _ = churn(settings, "rollback", "--to", "1", "--why", "doubts")
+    assert code == 0
+    assert f'reason="version 1 is served already; pinned to {trained.first_tag}: doubts"' in output
+    code, _, error = churn(settings, "rollback", "--to", "3")
+    assert code == 1
+    assert "no bento of version 3 is stored; there are 1, 2; `churn approve 3`, then `churn promote`, " in error
+
+
+def test_the_alias_is_moved_by_the_line_in_readme(churn: Churn, promotable: Copy, trained: Trained) -> None:
+    """Where MLflow is a file, and no page of it runs; `churn promote` follows."""
+    settings = promotable()
+    (settings.home.parent / ".churn").symlink_to(settings.home)
+    readme = (REPOSITORY / "README.md").read_text()
+    (line,) = re.findall(r"^    \.venv/bin/python (-c .*_model_alias.*)$", readme, re.MULTILINE)
+    subprocess.run([sys.executable, *shlex.split(line)], cwd=settings.home.parent, check=True, timeout=120)
+    code, output, error = churn(settings, "promote")
+    assert code == 0, error
+    assert f"served_tag={trained.second_tag}" in output
 
 
 def test_approve_rollback_and_unpin(churn: Churn, promotable: Copy) -> None:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from jobs.failpoints import STEPS, Failpoint, failpoint
+from jobs.settings import SettingsError, load_settings
 
 
 def test_off_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,15 @@ def test_it_may_only_hold_a_step_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_step_is_broken_by_a_test() -> None:
     """Tests of promote, retrain and rollback take all steps of these names; a new name needs one of its own."""
     assert {step.split(".")[0] for step in STEPS} == {"promote", "undo", "pin", "retrain"}
+
+
+@pytest.mark.parametrize(
+    "said", ["promote.nosuch=exit", "promote.built", "promote.built=exti", "promote.built=sleep:x"]
+)
+def test_a_typo_is_refused_by_every_command(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv("CHURN_FAILPOINT", said)
+    with pytest.raises(SettingsError, match=r"CHURN_FAILPOINT (names|says) .*; expected"):
+        load_settings()
 
 
 def test_steps_have_to_be_listed() -> None:

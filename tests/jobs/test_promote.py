@@ -21,7 +21,7 @@ from jobs.lease import lease
 from jobs.package import bento_of
 from jobs.pin import NothingToDo, adopt, approve, pin, rollback, unpin
 from jobs.promote import Idle, PromotionFailed, Want, World, decide, promote
-from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry
+from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry, RegistryError
 from jobs.serving import LocalServing
 from jobs.settings import Settings
 from jobs.supervisor import as_environment
@@ -89,6 +89,12 @@ PIN = Pin(1, TAG_1, "doubts", "ada", NOW)
         pytest.param(replace(SETTLED, expected_tag="churn:v1-cccccccc"), "rebuild", 1, id="new serving code"),
         pytest.param(replace(SETTLED, pin=replace(PIN, bento_tag=TAG_2, version=2)), "pin", 2, id="a pin on another"),
         pytest.param(replace(SETTLED, pin=PIN, aliases={PRODUCTION: 2}), "pin", 1, id="the alias follows the pin"),
+        pytest.param(
+            replace(SETTLED, aliases={CANDIDATE: 1}, candidate=version(1, approved_by="ada"), registered=False),
+            "promote",
+            1,
+            id="another registry, and a person wants its model",
+        ),
     ],
 )
 def test_wanted(world: World, action: str, to: int) -> None:
@@ -139,6 +145,11 @@ def test_wanted(world: World, action: str, to: int) -> None:
         ),
         pytest.param(
             replace(SETTLED, aliases={}, registered=False), "deleted from the model registry", id="version deleted"
+        ),
+        pytest.param(
+            replace(SETTLED, aliases={CANDIDATE: 1}, candidate=version(1), registered=False),
+            "or that is another one; churn:v1-aaaaaaaa serves on; `churn approve N`",
+            id="another registry has begun again",
         ),
         pytest.param(
             replace(WITH_CANDIDATE, candidate=version(2, champion="7")),
@@ -326,6 +337,46 @@ def test_rollback_ends_a_promotion_that_was_killed_while_the_registry_is_down(
     assert state(settings)[:2] == (1, trained.first_tag)
 
 
+def test_another_registry_that_begins_again_promotes_nothing_by_itself(promotable: Copy, trained: Trained) -> None:
+    """Its version 1 is another run than the one that serves, judged against nobody."""
+    from jobs.retrain import retrain
+
+    settings = promotable()
+    begun = promotable(mlflow_url=f"sqlite:///{settings.home}/another.db", candidates=("logistic_regression",))
+    Registry(begun).client.create_registered_model(begun.release)
+    assert retrain(begun, as_of=SECOND_KNOWN).version == 1
+
+    assert "that is another one" in promote(begun).reason
+    assert LocalServing(begun).served_tag() == trained.first_tag
+    approve(begun, 1, by="ada", reason="the old registry is lost")
+    assert promote(begun).result == "promoted"
+    assert LocalServing(begun).served_tag() not in (trained.first_tag, trained.second_tag)
+
+
+def test_unpin_waits_for_the_alias_that_could_not_follow_a_rollback(promotable: Copy, trained: Trained) -> None:
+    """It would be taken for moved by a hand, and what was rolled back would return."""
+    settings = promotable()
+    promote(settings)
+    down = promotable(mlflow_url="http://127.0.0.1:9")
+    rollback(down, reason="doubts", by="ada")
+    with pytest.raises(RegistryError, match=r"did not answer.*; the pin stays until alias production"):
+        unpin(down)
+    assert unpin(settings) is not None
+    assert state(settings)[:2] == (1, trained.first_tag)
+    assert promote(settings).result == "idle"
+    assert "rolled_back" in Registry(settings).version(2).tags  # type: ignore[union-attr]
+
+
+def test_a_registry_that_is_not_there_is_not_an_empty_one(promotable: Copy, trained: Trained) -> None:
+    """A volume that is not mounted: nothing is made in its place, and nothing is taken for deleted."""
+    settings = promotable()
+    (settings.home / "mlflow.db").rename(settings.home / "away.db")
+    with pytest.raises(RegistryError, match=r"mlflow\.db is not there, though models were registered in it"):
+        promote(settings)
+    assert rollback(settings, to=2, reason="doubts", by="ada").result == "rolled_back"
+    assert not (settings.home / "mlflow.db").exists()
+
+
 def test_a_deleted_version_can_be_rolled_back_to(promotable: Copy, trained: Trained) -> None:
     """Its archive is stored: the registry is not needed, and nothing is tried again each minute."""
     settings = promotable()
@@ -401,6 +452,15 @@ def test_a_rollback_that_is_interrupted_is_tried_again_with_backoff(
     assert LocalServing(settings).served_tag() == trained.second_tag
     monkeypatch.delenv("CHURN_FAILPOINT")
     assert rollback(settings, reason="doubts still", by="ada").result == "rolled_back"
+    assert state(settings)[:2] == (1, trained.first_tag)
+
+
+def test_two_who_roll_back_at_once_want_the_same(promotable: Copy, trained: Trained) -> None:
+    """The second finds the first one's promotion under way, or left behind, and does not go forward again."""
+    settings = promotable()
+    promote(settings)
+    assert churn(settings, "rollback", CHURN_FAILPOINT="promote.patched=exit").returncode == 137
+    assert rollback(settings, reason="again", by="bob").to_version == 1
     assert state(settings)[:2] == (1, trained.first_tag)
 
 

@@ -213,7 +213,7 @@ def test_a_registry_lost_at_the_very_end_undoes_nothing(
 
 def test_a_pod_that_was_never_started_is_not_to_blame(promotable: Copy, serving: Scripted) -> None:
     """A quota, a full node: nobody has seen the model fail."""
-    settings = promotable(promotion_deadline=timedelta(seconds=1))
+    settings = promotable().model_copy(update={"promotion_deadline": timedelta(seconds=1)})
     serving.rollouts["v2"] = [waiting("not scheduled")]
 
     with pytest.raises(PromotionFailed, match="not ready within 1 s; last seen: churn-1  not scheduled") as failed:

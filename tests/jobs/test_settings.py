@@ -204,6 +204,12 @@ def test_k_of_n_must_be_possible(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings()
 
 
+def test_a_deadline_that_no_pod_meets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHURN_PROMOTION_DEADLINE", "1s")
+    with pytest.raises(SettingsError, match=r"CHURN_PROMOTION_DEADLINE is .*expected 10s or more"):
+        load_settings()
+
+
 def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHURN_LABEL_HORIZON", "14d")
     monkeypatch.setenv("CHURN_CANDIDATES", '["dummy"]')
@@ -220,6 +226,6 @@ def test_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kubernetes sets CHURN_PORT for a Service named churn; the service has variables of its own."""
-    for variable in ("CHURN_PORT", "CHURN_SERVICE_HOST", "CHURN_SPOOL_DIR", "CHURN_DRAIN_SECONDS", "CHURN_FAILPOINT"):
+    for variable in ("CHURN_PORT", "CHURN_SERVICE_HOST", "CHURN_SPOOL_DIR", "CHURN_DRAIN_SECONDS"):
         monkeypatch.setenv(variable, "x")
     load_settings()

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from jobs.database import connect, retrains
 from jobs.history import History
 from jobs.lease import lease
-from jobs.registry import Registry
+from jobs.registry import ModelVersion, Registry
 from jobs.serving import Pod, Rollout
 from jobs.settings import Settings
 from jobs.status import lines, status
@@ -31,7 +31,10 @@ class FakeServing:
 
     url = "http://127.0.0.1:3000"
 
-    def __init__(self, wanted: str | None, *ready: str, running: bool = True, failure: str | None = None) -> None:
+    def __init__(
+        self, wanted: str | None, *ready: str, running: bool = True, failure: str | None = None, fence: int = 0
+    ) -> None:
+        self.fence = lambda: fence
         pods = tuple(Pod(tag.replace(":", "-"), self.url, tag, True, "") for tag in ready)
         self.found = Rollout(wanted, pods, running, settled=bool(ready), failure=failure)
 
@@ -52,17 +55,20 @@ def production(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The registry's aliases, to be changed: version 1 is in production."""
     aliases = {"production": 1}
     monkeypatch.setattr(Registry, "aliases", lambda _: aliases)
+    monkeypatch.setattr(Registry, "version", lambda _, number: ModelVersion(number, "", ""))
     return aliases
 
 
-def promoted(settings: Settings, version: int, tag: str, *, closed: bool = True) -> None:
+def promoted(
+    settings: Settings, version: int, tag: str, *, closed: bool = True, result: str = "promoted", now: datetime = NOW
+) -> None:
     """A promotion on record."""
     history = History(connect(settings.database))
     row = history.open(
-        now=NOW, action="promote", from_version=None, from_tag=None, to_version=version, to_tag=tag, reason="", by="ada"
+        now=now, action="promote", from_version=None, from_tag=None, to_version=version, to_tag=tag, reason="", by="ada"
     )
     if closed:
-        history.close(row, now=NOW, result="promoted", reason="better")
+        history.close(row, now=now, result=result, reason="better")
 
 
 def problems(found: dict[str, Any]) -> list[str]:
@@ -235,6 +241,47 @@ def test_a_disagreement_is_a_problem(
     (problem,) = problems(status(settings, FakeServing(wanted, ONE)))
     assert problem.startswith(says)
     assert problem.endswith("`churn promote` settles it")
+
+
+def test_another_database_is_not_settled_by_promote(settings: Settings, production: dict[str, int]) -> None:
+    promoted(settings, 1, ONE)
+
+    (problem,) = problems(status(settings, FakeServing(TWO, TWO, fence=7)))
+    assert problem.startswith(f"the database knows promotions up to 1, but {TWO} was written by promotion 7")
+    assert "`churn adopt`" in problem
+
+
+def test_another_registry_is_not_settled_by_promote(
+    settings: Settings, production: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted(settings, 1, ONE)
+    production.clear()
+    monkeypatch.setattr(Registry, "version", lambda *_: None)
+
+    (problem,) = problems(status(settings, FakeServing(ONE, ONE)))
+    assert problem.startswith(f"the model registry does not have version 1, which serves as {ONE}")
+    assert "CHURN_MLFLOW_URL" in problem
+
+
+@pytest.mark.parametrize(("age", "said"), [(timedelta(hours=1), 1), (timedelta(days=8), 0)], ids=["today", "long ago"])
+def test_a_promotion_that_was_undone_is_a_problem_for_a_week(
+    settings: Settings, production: dict[str, int], age: timedelta, said: int
+) -> None:
+    promoted(settings, 1, ONE)
+    promoted(settings, 2, TWO, result="failed", now=datetime.now(UTC) - age)
+    found = status(settings, FakeServing(ONE, ONE))
+
+    assert problems(found) == ["the last promotion (version 2) failed and was undone: better"] * said
+    assert found["last_promotion"]["result"] == "failed"
+
+
+def test_a_promotion_that_nobody_works_on_is_a_problem(settings: Settings, production: dict[str, int]) -> None:
+    promoted(settings, 1, ONE, closed=False)
+    with lease(settings, "promote"):
+        assert problems(status(settings, FakeServing(ONE, ONE))) == []
+
+    (problem,) = problems(status(settings, FakeServing(ONE, ONE)))
+    assert problem == "promotion 1 was left open; `churn promote` finishes or undoes it"
 
 
 def test_an_alias_set_before_any_promotion_is_a_problem(settings: Settings, production: dict[str, int]) -> None:
