@@ -7,6 +7,7 @@ lets a pod start, move or roll back while the model registry is down. What the r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import subprocess
@@ -45,6 +46,14 @@ def bento_of(engine: sa.Engine, tag: str) -> Bento | None:
     return Bento(*row) if row else None
 
 
+def is_whole(engine: sa.Engine, tag: str) -> bool:
+    """Whether the bento of that tag is stored, and its archive is the one that was built."""
+    query = sa.select(bentos.c.archive, bentos.c.sha256).where(bentos.c.tag == tag)
+    with engine.connect() as connection:
+        row = connection.execute(query).first()
+    return row is not None and hashlib.sha256(row.archive).hexdigest() == row.sha256
+
+
 def expected_tag(version: ModelVersion) -> str:
     """The tag that today's serving code makes of a version."""
     return packaging.bento_tag(version.version, version.run_id, version.tags.get("model_sha256", ""))
@@ -53,10 +62,10 @@ def expected_tag(version: ModelVersion) -> str:
 def ensure_bento(settings: Settings, engine: sa.Engine, registry: Registry, version: ModelVersion) -> str:
     """The tag of the version's bento, built and stored if it was not; raises ModelRefused if it must not be served.
 
-    One that is stored was compared and checked when it was built, and needs nothing of the registry.
+    One that is stored whole was compared and checked when it was built, and needs nothing of the registry.
     """
     tag = expected_tag(version)
-    if bento_of(engine, tag):
+    if is_whole(engine, tag):
         return tag
     files = checked(engine, registry, version)
     import pandas as pd

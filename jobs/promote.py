@@ -23,7 +23,7 @@ from jobs.database import await_answer, connect
 from jobs.failpoints import failpoint
 from jobs.history import History, Pin, Promotion, older_database
 from jobs.lease import Held, lease
-from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, prune_bentos
+from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, is_whole, prune_bentos
 from jobs.registry import (
     CANDIDATE,
     HELD,
@@ -437,11 +437,14 @@ class Promoter:
         return self._close(row, tag)
 
     def _to_tag(self, row: Promotion) -> str:
-        if row.to_tag and bento_of(self.engine, row.to_tag):
+        if row.to_tag and is_whole(self.engine, row.to_tag):
             return row.to_tag
         version = self.registry.version(row.to_version)
         if version is None:
             raise _ModelFault(f"the registry has no version {row.to_version}")
+        if row.action == "pin" and expected_tag(version) != row.to_tag:  # only the code that built it could build it
+            lost = f"the stored archive of {row.to_tag} is gone or damaged"
+            raise _ModelFault(f"{lost}; to serve version {row.to_version} all the same, move alias {PRODUCTION} to it")
         tag = ensure_bento(self.settings, self.engine, self.registry, version)
         self.history.set_target(row, tag)
         return tag

@@ -18,7 +18,7 @@ from jobs import failpoints
 from jobs.database import connect
 from jobs.history import History, Pin, Promotion
 from jobs.lease import lease
-from jobs.package import bento_of
+from jobs.package import bento_of, is_whole
 from jobs.pin import NothingToDo, adopt, approve, pin, rollback, unpin
 from jobs.promote import Idle, PromotionFailed, Want, World, decide, promote
 from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry, RegistryError
@@ -351,6 +351,29 @@ def test_another_registry_that_begins_again_promotes_nothing_by_itself(promotabl
     approve(begun, 1, by="ada", reason="the old registry is lost")
     assert promote(begun).result == "promoted"
     assert LocalServing(begun).served_tag() not in (trained.first_tag, trained.second_tag)
+
+
+def test_a_stored_archive_that_is_damaged_is_built_again_or_the_way_out_is_named(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the code that built it; other code makes another bento, which is not what was asked for."""
+    from jobs.database import bentos
+
+    settings = promotable()
+    engine = connect(settings.database)
+    promote(settings)
+    with engine.begin() as connection:
+        connection.execute(bentos.update().where(bentos.c.tag == trained.first_tag).values(archive=b"damaged"))
+    with monkeypatch.context() as other_code:
+        other_code.setattr("jobs.promote.expected_tag", lambda _: "churn:v1-cccccccc")
+        with pytest.raises(
+            PromotionFailed, match=f"archive of {trained.first_tag} is gone or damaged; to serve version"
+        ):
+            rollback(settings, reason="doubts", by="ada")
+    assert state(settings)[:2] == (2, trained.second_tag)
+    assert rollback(settings, reason="doubts", by="ada").result == "rolled_back"
+    assert state(settings)[:2] == (1, trained.first_tag)
+    assert is_whole(engine, trained.first_tag)
 
 
 def test_unpin_waits_for_the_alias_that_could_not_follow_a_rollback(promotable: Copy, trained: Trained) -> None:
