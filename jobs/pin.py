@@ -18,7 +18,7 @@ from jobs.failpoints import failpoint
 from jobs.history import GOOD, History, Pin
 from jobs.lease import lease
 from jobs.package import bento_of
-from jobs.promote import Promoter, PromoteResult
+from jobs.promote import Promoter, PromoteResult, PromotionFailed
 from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry, RegistryError
 from jobs.serving import Serving, serving_of
 from jobs.settings import Settings
@@ -72,7 +72,13 @@ def _pin(
 ) -> PromoteResult:
     History(engine).set_pin(Pin(version, tag, reason, by, datetime.now(UTC)))
     failpoint("pin.recorded")
-    result = Promoter(settings, serving, by=by).run(wait=LEASE_WAIT)
+    try:
+        result = Promoter(settings, serving, by=by).run(wait=LEASE_WAIT)
+    except Exception as error:
+        if History(engine).pin() is None:  # the bento's fault: it cannot be pinned
+            raise
+        stays = f"{tag} stays pinned: the next `churn promote` tries again, `churn unpin` takes it back"
+        raise PromotionFailed(f"{error}; {stays}", interrupted=True) from error
     if result.result == "held":
         return replace(result, reason=f"{tag} is pinned; the promotion under way will follow it ({result.reason})")
     return result

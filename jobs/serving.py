@@ -200,7 +200,7 @@ class LocalServing:
         try:
             return Desired(**found) if found else Desired()
         except TypeError as error:
-            raise RuntimeError(f"{path} is not what set_served_tag writes: {error}") from None
+            raise RuntimeError(f"{path} is not what set_served_tag writes: {error}; remove it") from None
 
     def status(self) -> Status | None:
         """What the running supervisor last wrote, None if none runs (a killed one leaves its file behind)."""

@@ -148,7 +148,10 @@ class _Supervisor:
         except (OSError, RuntimeError) as error:  # what serves must not end for that
             self._say("desired", f"served tag cannot be read, stays {self._desired.tag}: {error}")
             desired = self._desired
-        if desired.generation != self._desired.generation:
+        if desired == Desired() and self._desired.tag:
+            self._say("gone", f"desired.json is gone; {self._desired.tag} stays until `churn promote` writes it again")
+            desired = self._desired
+        if desired != self._desired:
             log.info("served_tag %s -> %s fence=%d", self._desired.tag, desired.tag, desired.fence)
             self._desired, self._failure, self._fetching = desired, None, "its archive is being fetched"
             if self._rolling:

@@ -469,7 +469,7 @@ def test_a_rollback_that_is_interrupted_is_tried_again_with_backoff(
     promote(settings)
     monkeypatch.setenv("CHURN_FAILPOINT", "promote.patched=raise")
     for _ in range(2):
-        with pytest.raises(PromotionFailed, match="interrupted"):
+        with pytest.raises(PromotionFailed, match=f"interrupted.*; {trained.first_tag} stays pinned: .*`churn unpin`"):
             rollback(settings, reason="doubts", by="ada")
     assert "but that was interrupted; next try at" in promote(settings).reason
     assert LocalServing(settings).served_tag() == trained.second_tag

@@ -488,6 +488,21 @@ def test_a_broken_wish_changes_nothing(home: Home) -> None:
         home.settled(V2)
 
 
+def test_a_wish_that_is_gone_changes_nothing(home: Home) -> None:
+    """Status says to remove one that is damaged; the next write counts from 1 again."""
+    home.want(V1)
+    with supervise(home):
+        home.settled(V1)
+        (home.serving.folder / "desired.json").unlink()
+        log_file = home.serving.folder / "supervisor.log"
+        eventually(log_file.read_text, lambda text: f"is gone; {V1} stays" in text)
+        assert home.info()["bento_tag"] == V1
+
+        home.want(V2)
+
+        home.settled(V2)
+
+
 # --- bad days ---------------------------------------------------------------------------------------------
 
 
