@@ -395,7 +395,10 @@ def approve(version: int, reason: Annotated[str, typer.Option("--reason", "--why
 
 @app.command()
 def rollback(
-    to: Annotated[int | None, typer.Option(help="Model version; default: the one served before.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Model version, or a bento's tag; default: the one served before."),
+    ] = None,
     reason: Annotated[str, typer.Option("--reason", "--why")] = "asked for by hand",
     by: By = USER,
     dry_run: DryRun = False,

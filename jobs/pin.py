@@ -35,13 +35,16 @@ class NothingToDo(LookupError):
 def rollback(
     settings: Settings,
     *,
-    to: int | None = None,
+    to: int | str | None = None,
     reason: str,
     by: str,
     serving: Serving | None = None,
     dry_run: bool = False,
 ) -> PromoteResult:
-    """Serve an earlier version (default: the one served before), and stay with it until unpinned."""
+    """Serve an earlier version (default: the one served before), and stay with it until unpinned.
+
+    `to`: its number, for the newest of its bentos, or a bento's tag. Raises NothingToDo if that is not stored.
+    """
     engine = connect(settings.database)
     tag, version = _stored(engine, to) if to is not None else _before(engine)
     if dry_run:
@@ -156,21 +159,21 @@ def adopt(settings: Settings, *, by: str, serving: Serving | None = None) -> str
     return tag
 
 
-def _stored(engine: sa.Engine, version: int) -> tuple[str, int]:
-    query = sa.select(bentos.c.tag).where(bentos.c.model_version == version).order_by(bentos.c.built_at.desc())
+def _stored(engine: sa.Engine, wanted: int | str) -> tuple[str, int]:
+    query = sa.select(bentos.c.tag, bentos.c.model_version).order_by(bentos.c.built_at.desc())
     with engine.connect() as connection:
-        tag = connection.execute(query).scalars().first()
-        stored = (
-            connection.execute(sa.select(bentos.c.model_version).distinct().order_by(bentos.c.model_version))
-            .scalars()
-            .all()
-        )
-    if tag is None:
-        raise NothingToDo(
-            f"no bento of version {version} is stored; there are {', '.join(map(str, stored)) or 'none'}; "
-            f"`churn approve {version}`, then `churn promote`, packages and serves it if it passed the gate"
-        )
-    return tag, version
+        rows = connection.execute(query).all()
+    for tag, version in rows:  # newest first
+        if str(wanted) in (tag, str(version)):
+            return tag, version
+    there = ", ".join(map(str, sorted({version for _, version in rows}))) or "none"
+    if not str(wanted).isdigit():
+        tags = ", ".join(tag for tag, _ in rows) or "none"
+        raise NothingToDo(f"no bento {wanted} is stored; there are {tags}")
+    raise NothingToDo(
+        f"no bento of version {wanted} is stored; there are {there}; "
+        f"`churn approve {wanted}`, then `churn promote`, packages and serves it if it passed the gate"
+    )
 
 
 def _before(engine: sa.Engine) -> tuple[str, int]:
@@ -192,4 +195,6 @@ def _before(engine: sa.Engine) -> tuple[str, int]:
             version = row.from_version
             if row.from_tag and bento_of(engine, row.from_tag):
                 return row.from_tag, row.from_version
-    raise NothingToDo("no other version was served before; `churn rollback --to N` names a stored one")
+    raise NothingToDo(
+        "no other version was served before; `churn rollback --to N` names a stored one, or the tag of another bento"
+    )

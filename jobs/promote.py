@@ -89,7 +89,7 @@ class World:
     def waits(self, version: int) -> str | None:
         """Until when it is not tried again, if its last attempt was interrupted."""
         at = self.retry_at.get(version, self.now)
-        return f"was interrupted; next try at {at:%H:%M:%S}" if at > self.now else None
+        return f"was interrupted; next try at {at:%H:%M:%S} UTC" if at > self.now else None
 
 
 @dataclass(frozen=True)

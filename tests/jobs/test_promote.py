@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from jobs import failpoints
 from jobs.database import connect
@@ -485,6 +486,23 @@ def test_two_who_roll_back_at_once_want_the_same(promotable: Copy, trained: Trai
     assert churn(settings, "rollback", CHURN_FAILPOINT="promote.patched=exit").returncode == 137
     assert rollback(settings, reason="again", by="bob").to_version == 1
     assert state(settings)[:2] == (1, trained.first_tag)
+
+
+def test_a_rebuilt_bento_is_taken_back_by_its_tag(promotable: Copy, trained: Trained) -> None:
+    """The version's number means the newest of its bentos."""
+    from jobs.database import bentos
+
+    settings = promotable(promotion_mode="off")
+    engine = connect(settings.database)
+    with engine.begin() as connection:
+        (stored,) = connection.execute(sa.select(bentos).where(bentos.c.tag == trained.first_tag)).mappings()
+        older = {**stored, "tag": "churn:v1-0ld0ld00", "built_at": stored["built_at"] - timedelta(days=1)}
+        connection.execute(bentos.insert().values(**older))
+    with pytest.raises(NothingToDo, match=f"no bento churn:v1-x is stored; there are .*{trained.first_tag}"):
+        rollback(settings, to="churn:v1-x", reason="", by="ada")
+    assert rollback(settings, to="1", reason="", by="ada").served_tag == trained.first_tag
+    assert rollback(settings, to="churn:v1-0ld0ld00", reason="slow", by="ada").served_tag == "churn:v1-0ld0ld00"
+    assert state(settings)[:2] == (1, "churn:v1-0ld0ld00")
 
 
 def test_pin_holds_a_candidate_back(promotable: Copy, trained: Trained) -> None:
