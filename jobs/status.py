@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from http.client import HTTPException
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -21,13 +23,14 @@ from jobs.history import History, Pin, Promotion, older_database
 from jobs.lease import is_held
 from jobs.registry import CANDIDATE, HELD, HELD_AGAINST, PREVIOUS, PRODUCTION, Registry
 from jobs.replay import held_against
-from jobs.serving import Rollout, Serving, serving_of
+from jobs.serving import DIRECT, Pod, Rollout, Serving, serving_of
 from jobs.settings import Settings
 from jobs.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+LOG_LATE = 30.0  # seconds until it is worth a word that the database takes no predictions
 SHOWN = timedelta(days=7)  # that a promotion was undone is said as a problem
 
 
@@ -65,6 +68,7 @@ def status(settings: Settings, serving: Serving | None = None) -> dict[str, Any]
     training = tables.training
     if rollout is not None:
         problems += _of_serving(settings, rollout)
+        problems += [problem for pod in rollout.pods if pod.ready for problem in _of_log(pod)]
     if last is not None and last.result in ("failed", "interrupted") and _is_recent(last):
         problems.append(f"the last promotion (version {last.to_version}) {last.result} and was undone: {last.reason}")
     if open_row is not None and _was_left(settings, open_row):
@@ -207,6 +211,26 @@ def _of_serving(settings: Settings, rollout: Rollout) -> list[str]:
     if rollout.served_tag and not rollout.running:
         remedy = f"Deployment {settings.deployment} has 0 replicas" if settings.deployment else "`churn serve` does"
         found.append(f"nothing serves; {remedy}")
+    return found
+
+
+def _of_log(pod: Pod) -> list[str]:
+    """What a pod says of the prediction log at /metrics; nothing if it does not answer, which the rollout knows."""
+    try:
+        with DIRECT.open(f"{pod.address}/metrics", timeout=2) as answer:
+            page = answer.read().decode()
+    except (OSError, ValueError, HTTPException):
+        return []
+    said = dict(re.findall(r"^churn_log_(\w+) (\S+)$", page, re.MULTILINE))
+    failing, waiting = float(said.get("failing_seconds", 0)), float(said.get("backlog_bytes", 0))
+    found = []
+    if failing > LOG_LATE:
+        late = f"{pod.name}: the database has taken no predictions for {failing:.0f} s"
+        found.append(f"{late}; {waiting / 1024:.0f} KiB wait in its spool, and go there once it does")
+    if set_aside := float(said.get("quarantined_total", 0)):
+        found.append(
+            f"{pod.name}: {set_aside:.0f} damaged or refused records are in `quarantine` of its spool, see its log"
+        )
     return found
 
 

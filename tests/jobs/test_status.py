@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,46 @@ def test_a_disagreement_is_a_problem(
     (problem,) = problems(status(settings, FakeServing(wanted, ONE)))
     assert problem.startswith(says)
     assert problem.endswith("`churn promote` settles it")
+
+
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        ("churn_log_failing_seconds 7.0\nchurn_log_quarantined_total 0.0\n", []),
+        (
+            "churn_log_backlog_bytes 2048.0\nchurn_log_failing_seconds 71.2\n",
+            ["churn-v1-aaaaaaaa: the database has taken no predictions for 71 s; 2 KiB wait in its spool"],
+        ),
+        ("churn_log_quarantined_total 3.0\n", ["churn-v1-aaaaaaaa: 3 damaged or refused records are in `quarantine`"]),
+        ("no metrics at all", []),
+    ],
+    ids=["a moment", "away", "quarantine", "garbage"],
+)
+def test_what_a_pod_says_of_the_log_is_a_problem(
+    settings: Settings, production: dict[str, int], page: str, says: list[str]
+) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    promoted(settings, 1, ONE)
+    serving = FakeServing(ONE, ONE)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        (pod,) = serving.found.pods
+        pod = replace(pod, address=f"http://127.0.0.1:{server.server_port}")
+        serving.found = replace(serving.found, pods=(pod,))
+        found = problems(status(settings, serving))
+        server.shutdown()
+
+    assert len(found) == len(says)
+    for problem, beginning in zip(found, says, strict=True):
+        assert problem.startswith(beginning)
 
 
 def test_another_database_is_not_settled_by_promote(settings: Settings, production: dict[str, int]) -> None:
