@@ -88,6 +88,7 @@ def _materialize(settings: Settings, *, as_of: datetime, dry_run: bool) -> Mater
         raise LookupError(
             f"no snapshot on or before {as_of:%Y-%m-%d} was ingested; `churn ingest DIR --as-of DATE` takes one"
         )
+    snapshots.check(day)
     end = instant(day)
     users = len(snapshots.read(POPULATION, day))
     store = dataset.feature_store(settings)

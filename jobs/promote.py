@@ -263,8 +263,8 @@ class Promoter:
         """
         longest = PIN_BACKOFF if pin else LONGEST_BACKOFF
         attempts = [a for a in self.history.interruptions() if pin is None or a.opened_at >= pin.pinned_at]
-        if not attempts or attempts[0].closed_at is None:
-            return {}
+        if not attempts or attempts[0].closed_at is None or attempts[0].closed_at > datetime.now(UTC):
+            return {}  # none, or by a clock that was ahead
         backoff = min(timedelta(minutes=2 ** (len(attempts) - 1)), longest)
         return {attempts[0].to_version: attempts[0].closed_at + backoff}
 

@@ -140,6 +140,8 @@ def _retrain(settings: Settings, engine: sa.Engine | None, *, as_of: datetime) -
     if not days or (champion and champion.trained_as_of >= days[-1] and not stale_settings):
         return _waiting(settings, as_of, newest, days)
 
+    for day in days:
+        snapshots.check(day)
     training = dataset.training_set(settings, days)
     fingerprint = training.fingerprint
     same = _same_version(registry, engine, fingerprint, settings_fingerprint)

@@ -45,6 +45,10 @@ LABELS = "labels"
 Written = Literal["written", "replaced", "unchanged"]
 
 
+class SnapshotDamaged(RuntimeError):
+    """A snapshot's files changed since it was ingested, by a disk or a hand; says which."""
+
+
 class StoreLocked(TimeoutError):
     """Another process is changing the store, and did not finish while we waited."""
 
@@ -116,6 +120,15 @@ class Snapshots:
         if not names:
             raise FileNotFoundError(self._no_snapshot(day))
         return _fingerprint({name: self._arrow(day, name) for name in names})
+
+    def check(self, day: date) -> None:
+        """Raise SnapshotDamaged if the day's tables do not hold what was ingested."""
+        recorded = self.report(day).get("fingerprint")
+        if recorded is not None and recorded != (found := self.fingerprint(day)):
+            raise SnapshotDamaged(
+                f"snapshot {day} is not what was ingested: its fingerprint is {found[:12]}…, recorded was "
+                f"{str(recorded)[:12]}…; `churn ingest DIR --as-of {day}` puts it back"
+            )
 
     def holds(self, day: date, tables: Mapping[str, pd.DataFrame]) -> bool:
         """Whether the day has these tables with exactly this content; it may have others beside them."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from feature_repo.columns import POPULATION
 from jobs import dataset
 from jobs.materialize import SENTINEL, OnlineMismatch, materialize, online_as_of
+from jobs.retrain import retrain
 from jobs.settings import Settings
-from jobs.snapshots import Snapshots, instant
-from tests.jobs.conftest import FIRST, SECOND, settings_for
+from jobs.snapshots import SnapshotDamaged, Snapshots, instant
+from tests.jobs.conftest import FIRST, FIRST_KNOWN, SECOND, settings_for
 
 
 def online_rows(settings: Settings) -> dict[str, list[tuple[object, ...]]]:
@@ -57,6 +60,16 @@ def test_a_skipped_month_leaves_older_rows_online(home: Path) -> None:
     shutil.rmtree(snapshots.root / SECOND.isoformat())
     found = materialize(settings, as_of=instant(date(2024, 3, 31)))
     assert found.result == "materialized"
+
+
+@pytest.mark.parametrize("job", [materialize, retrain])
+def test_a_snapshot_that_changed_since_it_was_ingested_is_refused(home: Path, job: Callable[..., object]) -> None:
+    """A disk's fault is not a correction: nothing is taken out of the online store, and nothing is trained."""
+    settings = settings_for(home)
+    path = settings.snapshots / str(FIRST) / "usage_agg_30d.parquet"
+    pd.read_parquet(path).iloc[1:].to_parquet(path)
+    with pytest.raises(SnapshotDamaged, match=f"snapshot {FIRST} is not what was ingested.*`churn ingest DIR --as-of"):
+        job(settings, as_of=FIRST_KNOWN if job is retrain else instant(FIRST))
 
 
 def test_the_story_of_a_store(home: Path) -> None:

@@ -505,6 +505,17 @@ def test_a_rebuilt_bento_is_taken_back_by_its_tag(promotable: Copy, trained: Tra
     assert state(settings)[:2] == (1, "churn:v1-0ld0ld00")
 
 
+def test_an_attempt_of_tomorrow_is_not_waited_for(promotable: Copy, trained: Trained) -> None:
+    """The clock of the job that was interrupted was ahead."""
+    settings = promotable()
+    history = History(connect(settings.database))
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    row = history.open(now=tomorrow, action="promote", from_version=1, from_tag=trained.first_tag, to_version=2,
+                       to_tag=trained.second_tag, reason="", by="promote")  # fmt: skip
+    history.close(row, now=tomorrow, result="interrupted", reason="Postgres went away")
+    assert promote(settings).result == "promoted"
+
+
 def test_pin_holds_a_candidate_back(promotable: Copy, trained: Trained) -> None:
     settings = promotable()
     assert pin(settings, reason="audit", by="ada").result == "idle"
