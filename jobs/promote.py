@@ -273,6 +273,8 @@ class Promoter:
     def run(self, *, dry_run: bool = False, wait: float = 0.0) -> PromoteResult:
         """Finish or undo what is open, then make the wanted change; raises PromotionFailed when it was undone."""
         self._refuse_older_database()
+        if self.history.pin() is not None:
+            self.registry.be_brief()  # what is pinned serves without it
         open_row = self.history.open_row()
         if open_row is not None:
             what = f"finish promotion {open_row.id} of version {open_row.to_version}"

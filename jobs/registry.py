@@ -40,7 +40,7 @@ T = TypeVar("T")
 PRODUCTION, CANDIDATE, PREVIOUS = "production", "candidate", "previous"
 HELD, HELD_AGAINST = "held_by_replay", "held_against"  # what would change too much, beside which version
 SPENT_TAGS = ("promoted_at", "rolled_back", "promotion_failed")  # a version with one is not promoted again unasked
-TIMEOUT = 10  # seconds, for one call
+TIMEOUT, BRIEF = 10, 2  # seconds, for one call
 
 # Types in our pipelines that skops does not trust by itself; each was read and holds plain arrays and numbers.
 # The list is ours and never the model's own: a model that needs another type is refused.
@@ -121,6 +121,12 @@ class Registry:
         self.name = settings.release
         self.url = settings.mlflow
         self._scratch: tempfile.TemporaryDirectory[str] | None = None  # downloads; gone with this object
+        self._brief = False
+        self._silent: RegistryError | None = None  # MLflow did not answer the last question
+
+    def be_brief(self) -> None:
+        """From now on wait BRIEF seconds for an answer, and if there was none once do not ask again: somebody waits."""
+        self._brief = True
 
     def _folder(self) -> str:
         self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="churn-registry-")
@@ -178,9 +184,11 @@ class Registry:
 
     def _get(self, path: str, read: Callable[[Any], T], **query: str) -> T | None:
         """What `read` finds in MLflow's answer, None if it says that there is no such thing."""
+        if self._brief and self._silent:
+            raise self._silent
         url = f"{self.url.rstrip('/')}/api/2.0/mlflow/{path}?{urllib.parse.urlencode(query)}"
         try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            with urllib.request.urlopen(url, timeout=BRIEF if self._brief else TIMEOUT) as answer:
                 return read(json.load(answer))
         except urllib.error.HTTPError as error:
             body = ""
@@ -190,7 +198,8 @@ class Registry:
                 return None
             raise RegistryError(f"MLflow answered {error.code} to {path}: {body[:200]}") from error
         except (OSError, ValueError) as error:
-            raise RegistryError(f"MLflow did not answer {path}: {error}") from error
+            self._silent = RegistryError(f"MLflow did not answer {path}: {error}")
+            raise self._silent from error
         except (http.client.HTTPException, LookupError, TypeError, AttributeError) as error:
             raise RegistryError(f"MLflow answered {path} with something else than expected: {error!r}") from error
 

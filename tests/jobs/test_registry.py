@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
@@ -71,6 +72,23 @@ def test_no_answer_of_mlflows_is_one_kind_of_error(
         registry.aliases()
     with pytest.raises(RegistryError, match=r"MLflow .*answer.* model-versions/get"):
         registry.version(1)
+
+
+def test_a_rollback_waits_once_and_briefly_for_a_registry_that_hangs(
+    promotable: Callable[..., Settings], trained: Trained
+) -> None:
+    settings = promotable()
+    promote(settings)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # connections are made, and nobody takes them
+        hanging = promotable(mlflow_url=f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert rollback(hanging, reason="doubts", by="ada").result == "rolled_back"
+        server.setblocking(False)
+        questions = [server.accept()]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+    assert len(questions) == 1
+    assert LocalServing(settings).served_tag() == trained.first_tag
 
 
 @pytest.mark.parametrize("kind", ["an empty object", "no HTTP", "an error"])
