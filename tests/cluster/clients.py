@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import math
 import secrets
 import threading
 import time
@@ -38,6 +39,26 @@ class Reply(NamedTuple):
     def at(self) -> datetime:
         """When it was sent, by the clock that logs and promotions go by."""
         return datetime.fromtimestamp(time.time() - time.monotonic() + self.sent_at, UTC)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast answers came."""
+
+    answers: int
+    p50: float  # seconds
+    p99: float
+
+    @classmethod
+    def of(cls, replies: Iterable[Reply]) -> Pace:
+        """That of those which were answered."""
+        seconds = sorted(reply.seconds for reply in replies if reply.status == 200)
+        assert seconds, "nobody was answered"
+        p50, p99 = (seconds[math.ceil(share * len(seconds)) - 1] for share in (0.50, 0.99))
+        return cls(len(seconds), p50, p99)
+
+    def __str__(self) -> str:
+        return f"p50 {self.p50 * 1000:.1f} ms, p99 {self.p99 * 1000:.1f} ms of {self.answers:,} answers"
 
 
 @dataclass(frozen=True)

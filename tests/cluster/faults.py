@@ -16,11 +16,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import signal
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -30,11 +31,12 @@ from typing import Any
 from bentos.churn import archive
 from bentos.churn.model import Scorer
 from tests.broken_bentos import Change, changed
-from tests.cluster.clients import Clients, Reply
+from tests.cluster.clients import Clients, Pace, Reply
 from tests.cluster.commands import Cluster, NotYet, wait_until
 from tests.cluster.release import TAG, JobEnd, Release
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
+PODS = Path("/var/lib/kubelet/pods")
 GOOD = ("promoted", "rolled_back")  # results after which `to_tag` serves
 LEAVING = timedelta(seconds=15)  # a pod that was told to go still answers: drainSeconds, and what is under way
 TOLERANCE = 1e-6
@@ -52,11 +54,33 @@ for name, module in list(sys.modules.items()):
         module.datetime = Off
 jobs.cli.app()
 """  # what `churn` does, by another clock; the kernel's is everybody's
+STAND_IN = """
+import itertools, socketserver, time
+
+ANSWERS = itertools.cycle({answers!r})
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        request = self.rfile.readline()
+        if not request:
+            return  # a probe
+        print(request.decode("latin-1").strip(), flush=True)
+        while self.rfile.readline().strip():
+            pass
+        time.sleep({after})
+        self.wfile.write(next(ANSWERS))
+
+class Server(socketserver.ThreadingTCPServer):
+    request_queue_size = 50
+
+Server(("", {port}), Handler).serve_forever()
+"""  # what answers in place of a store
 SAMPLE = 25  # scores of each tag that are computed again
 CONVERGED = 90.0  # seconds for the run after a killed one, from its start
 NORMAL = 60.0  # seconds until all is as before, once what was broken works again
 JOB_FAILS = 60.0  # seconds until a job that lacks a store says so
 REFUSED = 1.0  # seconds of the slowest look-up while the online store is away
+CALM = 60.0  # seconds in which nothing happens, to compare with
 SAID = 500  # characters of what clients say
 IN_A_ROW = 20  # answers after which clients are served as before
 
@@ -74,8 +98,8 @@ class Result:
     fault: str
     sent: int
     failed: int
-    unlogged: int  # answered, but not in table `predictions`
-    seconds_to_normal: float
+    unlogged: int  # answered, but not in table `predictions`; none but what the fault itself destroyed
+    seconds_to_normal: float  # the longest time, where it happened more than once
 
 
 def record(result: Result, file: Path = RESULTS) -> None:
@@ -95,6 +119,28 @@ class Fault:
     clients: Clients
     since: float = field(default_factory=time.monotonic)
     seconds: float | None = None
+    destroyed: set[str] = field(default_factory=set)
+
+    def destroys(self, requests: Iterable[str]) -> None:
+        """The fault is that the log's only copy of these requests is destroyed: they alone may be missing in it."""
+        self.destroyed.update(requests)
+
+    def goes_on(self, seconds: float, since: float | None = None) -> Pace:
+        """The pace at which clients are answered from now until so many seconds later, or after `since`."""
+        began = time.monotonic()
+        end = (began if since is None else since) + seconds
+
+        def over() -> bool:
+            if time.monotonic() < end:
+                raise NotYet(f"{end - time.monotonic():.0f} s are left")
+            return True
+
+        wait_until("the time is over", over, within=max(end - began, 0) + 10)
+        return self.pace(began)
+
+    def pace(self, since: float) -> Pace:
+        """The pace at which clients are answered since then."""
+        return Pace.of(reply for reply in list(self.clients.replies) if reply.sent_at >= since)
 
     def mended(self, at: datetime | None = None) -> None:
         """What was broken works again, from this moment on, or from then."""
@@ -126,13 +172,14 @@ class Fault:
             return len(new) >= IN_A_ROW and all(reply.model_version == version for reply in new[-IN_A_ROW:])
 
         wait_until(f"{IN_A_ROW} answers in a row", answered, within=left(), every=0.1)
-        self.seconds = time.monotonic() - self.since
-        assert self.seconds <= within, f"normal after {self.seconds:.1f} s, at most {within:.0f} are allowed"
-        return self.seconds
+        took = time.monotonic() - self.since
+        assert took <= within, f"normal after {took:.1f} s, at most {within:.0f} are allowed"
+        self.seconds = max(self.seconds or 0.0, took)
+        return took
 
     def logged(self, *, within: float) -> float:
-        """Seconds until all that was answered so far is in table `predictions`."""
-        answered = self.clients.answered
+        """Seconds until all that was answered so far is in table `predictions`, but what was destroyed."""
+        answered = [reply for reply in self.clients.answered if reply.request_id not in self.destroyed]
         query = f"SELECT request_id FROM predictions WHERE request_id LIKE '{self.clients.run}-%'"
 
         def all_there() -> bool:
@@ -162,7 +209,7 @@ def fault(
         happened = Fault(release, clients)
         yield happened
         assert happened.seconds is not None, "a fault ends with normal()"
-    history = History.of(release, clients)
+    history = History.of(release, clients, frozenset(happened.destroyed))
     result = Result(name, len(clients.replies), len(clients.failed), len(history.unlogged), round(happened.seconds, 1))
     record(result)
     print(f"\n{json.dumps(asdict(result))}\n  {str(clients)[:SAID]}")
@@ -220,9 +267,12 @@ class History:
     answered: Sequence[Reply]
     log: Sequence[Row]  # request_id, bento_tag, churn_probability, features
     promotions: Sequence[Row]
+    destroyed: frozenset[str] = frozenset()  # requests whose record the fault destroyed before it was in the log
 
     @classmethod
-    def of(cls, release: Release, clients: Clients, within: float = 60) -> History:
+    def of(
+        cls, release: Release, clients: Clients, destroyed: frozenset[str] = frozenset(), within: float = 60
+    ) -> History:
         """That of a release; a pod that goes may still be copying its last answers."""
         query = (
             "SELECT request_id, bento_tag, churn_probability, features FROM predictions "
@@ -232,14 +282,14 @@ class History:
 
         def all_there() -> bool:
             found[:] = release.rows(query)
-            missing = cls(clients.answered, found, ()).unlogged
+            missing = cls(clients.answered, found, (), destroyed).missing
             if missing:
                 raise NotYet(f"{len(missing)} of {len(clients.answered)} answers are not in the log yet")
             return True
 
         with suppress(AssertionError):  # check() says more
             wait_until("answers reach the log", all_there, within=within, every=1)
-        return cls(clients.answered, found, release.promotions())
+        return cls(clients.answered, found, release.promotions(), destroyed)
 
     @property
     def logged(self) -> dict[str, list[Row]]:
@@ -255,12 +305,23 @@ class History:
         logged = {row["request_id"] for row in self.log}
         return [reply for reply in self.answered if reply.request_id not in logged]
 
+    @property
+    def missing(self) -> list[Reply]:
+        """Those of them that nothing excuses."""
+        return [reply for reply in self.unlogged if reply.request_id not in self.destroyed]
+
     def check(self) -> None:
-        """Fail unless each answer is in the log exactly once, as it was given, by a tag that was valid then."""
-        assert not self.unlogged, f"{len(self.unlogged)} answers are not in the log, such as {self.unlogged[0]}"
+        """Fail unless each answer is in the log exactly once, as it was given, by a tag that was valid then.
+
+        What was destroyed must not be in it: a fault may not excuse more than it did.
+        """
+        assert not self.missing, f"{len(self.missing)} answers are not in the log, such as {self.missing[0]}"
         logged, valid = self.logged, spans(self.promotions)
         promoted = {span.tag for span in valid}
+        assert not self.destroyed & logged.keys(), f"destroyed, and in the log: {self.destroyed & logged.keys()}"
         for reply in self.answered:
+            if reply.request_id in self.destroyed:
+                continue
             rows = logged[reply.request_id]
             assert len(rows) == 1, f"{len(rows)} rows in the log for {reply}"
             (row,) = rows
@@ -346,6 +407,15 @@ def tag_of(release: Release, version: int) -> str:
     return str(row["tag"])
 
 
+def unpin(release: Release) -> None:
+    """What was pinned serves on."""
+    version = release.served_version()
+    done = release.churn("unpin")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "result=idle" in promote(release).log
+    assert release.served_version() == version
+
+
 def see_it_fail(happened: Fault, tag: str) -> None:
     """A run of promote that is undone, with one pod of the new tag at most; time counts from the check that failed."""
     release, most = happened.release, 0
@@ -418,6 +488,59 @@ def without(release: Release, store: str) -> Iterator[None]:
         scale(release, store, 1)
 
 
+@contextmanager
+def answering(release: Release, store: str, port: int, *answers: bytes, after: float = 0) -> Iterator[str]:
+    """A pod that sends these, in turn and so late, to whoever asks the store by its Service; the pod's name.
+
+    The store runs on and nobody finds it. The pod has the store's labels, so that network policies are the same for it.
+    """
+    cronjob = release.get("cronjob", "promote")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    container, service = cronjob["containers"][0], release.get("service", f"{release.name}-{store}")
+    name, only = f"{store}-stand-in-{secrets.token_hex(2)}", {"churn.test/stand-in": store}
+    release.create({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "labels": {**service["spec"]["selector"], **only}},
+        "spec": {
+            "automountServiceAccountToken": False, "securityContext": cronjob["securityContext"],
+            "terminationGracePeriodSeconds": 0,
+            "containers": [{
+                "name": "stand-in", "image": container["image"], "securityContext": container["securityContext"],
+                "command": ["python", "-c", STAND_IN.format(answers=answers, after=after, port=port)],
+                "ports": [{"name": service["spec"]["ports"][0]["targetPort"], "containerPort": port}],
+                "readinessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 1},
+            }],
+        },
+    })  # fmt: skip
+
+    def select(value: str | None) -> None:
+        patch = {"spec": {"selector": {"churn.test/stand-in": value}}}
+        release.kubectl("patch", "service", service["metadata"]["name"], "--patch", json.dumps(patch))
+
+    def found() -> list[str]:
+        slices = release.get("endpointslices", f"--selector=kubernetes.io/service-name={service['metadata']['name']}")
+        return [
+            point["targetRef"]["name"]
+            for piece in slices["items"]
+            for point in piece.get("endpoints") or ()
+            if point["conditions"].get("ready")
+        ]
+
+    try:
+        release.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=60s", timeout=70)
+        select(store)
+        wait_until("it alone is found", lambda: found() == [name], within=30)
+        yield name
+    finally:
+        select(None)
+        release.kubectl("delete", "pod", name, "--wait=true")
+        wait_until(f"{store} is found again", lambda: found() not in ([], [name]), within=30)
+
+
+def volumes(uid: str) -> Path:
+    """Where a node that is this machine has the emptyDir volumes of a pod."""
+    return PODS / uid / "volumes" / "kubernetes.io~empty-dir"
+
+
 def processes(cluster: Cluster, namespace: str, pod: str, container: str = "") -> list[int]:
     """Ids, on this machine, of a container's processes: those in its control group."""
     status = cluster.get("pod", pod, f"--namespace={namespace}")["status"]
@@ -465,7 +588,7 @@ def restarts(release: Release, pod: str) -> int:
 
 @contextmanager
 def stopped(cluster: Cluster, namespace: str, pod: str) -> Iterator[None]:
-    """Its processes stand still for the block."""
+    """Its processes stand still for the block, those that it does not kill go on."""
     found = processes(cluster, namespace, pod)
     for process in found:
         os.kill(process, signal.SIGSTOP)
@@ -473,7 +596,8 @@ def stopped(cluster: Cluster, namespace: str, pod: str) -> Iterator[None]:
         yield
     finally:
         for process in found:
-            os.kill(process, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
 @contextmanager
@@ -514,13 +638,26 @@ def score_features(release: Release, seconds: float) -> None:
 
 def metric(release: Release, name: str) -> float:
     """The sum of a metric over all serving pods."""
-    total = 0.0
+    return sum(metrics(release, name).values())
+
+
+def metrics(release: Release, name: str) -> dict[str, float]:
+    """A metric of each serving pod."""
+    found = {}
     for pod in names(release, "serving"):
         page = release.cluster.kubectl(
             "get", "--raw", f"/api/v1/namespaces/{release.namespace}/pods/{pod}:3000/proxy/metrics"
         )
-        total += sum(float(line.split()[-1]) for line in page.splitlines() if re.match(rf"{name}[{{ ]", line))
-    return total
+        found[pod] = sum(float(line.split()[-1]) for line in page.splitlines() if re.match(rf"{name}[{{ ]", line))
+    return found
+
+
+def alert(release: Release, name: str) -> tuple[list[str], float]:
+    """The metrics of an alert's expression, in its order, and the limit above which it is true."""
+    rule = release.rendered("serving/prometheusrule.yaml", {"metrics": {"prometheusRule": {"enabled": True}}})
+    (group,) = rule["spec"]["groups"]
+    (expression,) = [rule["expr"] for rule in group["rules"] if rule["alert"] == name]
+    return re.findall(r"(\w+){", expression), float(expression.rpartition(">")[2])
 
 
 def evict(release: Release, pod: str) -> None:
@@ -551,6 +688,24 @@ def says_why(release: Release, job: str) -> str:
     return said[0]
 
 
+def exit_code(release: Release, job: str) -> int:
+    """With which the only pod of a Job ended."""
+    (pod,) = release.get("pods", f"--selector=batch.kubernetes.io/job-name={job}")["items"]
+    (container,) = pod["status"]["containerStatuses"]
+    return int(container["state"]["terminated"]["exitCode"])
+
+
+def jobs_fail_and_a_pod_starts(release: Release) -> None:
+    """Without MLflow: promote and drift say why they fail, and a pod that goes is replaced."""
+    jobs = [release.start_job("promote"), release.start_job("drift")]
+    pod = names(release, "serving")[0]
+    release.kubectl("delete", "pod", pod, "--wait=false")
+    wait_until(f"{pod} goes", lambda: pod not in names(release, "serving"), within=30)
+    release.wait_rolled_out()
+    for job in jobs:
+        says_why(release, job)
+
+
 def tags_of_pods(release: Release) -> list[str]:
     """The tag of each pod that serves or starts."""
     return [str((pod["metadata"].get("annotations") or {}).get(TAG)) for pod in release.pods("serving")]
@@ -563,12 +718,21 @@ def start_promote_by_another_clock(release: Release, name: str, *, hours: int, f
 
 def start_python(release: Release, name: str, code: str, *, failpoint: str = "") -> str:
     """A Job like those of promote that runs this code instead, once; its name."""
+    return _start(release, name, {"command": ["python", "-c", code]}, failpoint)
+
+
+def start_churn(release: Release, *arguments: str, failpoint: str) -> str:
+    """A Job that runs `churn …` as `kubectl churn` does it, once, to a failpoint; its name."""
+    return _start(release, f"{arguments[0]}-{secrets.token_hex(2)}", {"args": arguments}, failpoint)
+
+
+def _start(release: Release, name: str, changes: Mapping[str, Sequence[str]], failpoint: str) -> str:
     made = json.loads(
         release.kubectl("create", "job", "--from=cronjob/promote", name, "--dry-run=client", "-o", "json")
     )
     made["spec"]["backoffLimit"] = 0
     container = made["spec"]["template"]["spec"]["containers"][0]
-    container["command"] = ["python", "-c", code]
+    container |= changes
     container["env"].append({"name": "CHURN_FAILPOINT", "value": failpoint})
     release.create(made)
     return name

@@ -100,17 +100,22 @@ class Release:
         """Run helm in this release's namespace."""
         return self.cluster.helm(program, *arguments, f"--namespace={self.namespace}", timeout=timeout, check=check)
 
+    def _with_values(
+        self, helm: str, verb: str, values: Mapping[str, Any], *options: str, timeout: float = 60, check: bool = True
+    ) -> Done:
+        with tempfile.NamedTemporaryFile("w", suffix="-values.yaml") as file:
+            yaml.safe_dump(values, file)
+            file.flush()
+            return self.helm(
+                helm, verb, self.name, CHART, f"--values={file.name}", *options, timeout=timeout, check=check
+            )
+
     def _apply(
         self, helm: str, verb: str, values: Mapping[str, Any], options: tuple[str, ...], wait: bool, check: bool
     ) -> Done:
         wanted = merged(self.values, values)
         waits = ("--wait", "--timeout=10m") if wait else ()
-        with tempfile.NamedTemporaryFile("w", suffix="-values.yaml") as file:
-            yaml.safe_dump(wanted, file)
-            file.flush()
-            done = self.helm(
-                helm, verb, self.name, CHART, f"--values={file.name}", *waits, *options, timeout=660, check=check
-            )
+        done = self._with_values(helm, verb, wanted, *waits, *options, timeout=660, check=check)
         if done.returncode == 0:
             self.values = wanted
             host = wanted.get("ingress", {}).get("host") or "any.example.com"
@@ -136,6 +141,12 @@ class Release:
     ) -> Done:
         """`helm upgrade` with all values given so far and these."""
         return self._apply(helm, "upgrade", values or {}, options, wait, check)
+
+    def rendered(self, file: str, values: Mapping[str, Any]) -> Object:
+        """An object as the chart renders it with all values given so far and these."""
+        done = self._with_values("helm", "template", merged(self.values, values), f"--show-only=templates/{file}")
+        found: Object = yaml.safe_load(done.stdout)
+        return found
 
     def rollback(self, revision: int = 0, *, helm: str = "helm") -> Done:
         """`helm rollback`, by default to the revision before."""
@@ -185,16 +196,19 @@ class Release:
             arguments = (*arguments, "--as-of", as_of)
         return self.job_end(self.start_job(cronjob, name, *arguments))
 
-    def start_job(self, cronjob: str, name: str = "", *arguments: str, failpoint: str = "") -> str:
+    def start_job(
+        self, cronjob: str, name: str = "", *arguments: str, failpoint: str = "", env: Mapping[str, str] | None = None
+    ) -> str:
         """The same, not waited for; its name. One with a failpoint (`jobs.failpoints`) is not tried a second time."""
         job = name or f"{cronjob}-{secrets.token_hex(2)}"
         command = ["create", "job", f"--from=cronjob/{cronjob}", job]
-        if not arguments and not failpoint:
+        if not arguments and not failpoint and not env:
             self.kubectl(*command)
             return job
         made = json.loads(self.kubectl(*command, "--dry-run=client", "-o", "json"))
         container = made["spec"]["template"]["spec"]["containers"][0]
         container["args"] += arguments
+        container["env"] += [{"name": key, "value": value} for key, value in (env or {}).items()]
         if failpoint:
             made["spec"]["backoffLimit"] = 0
             container["env"].append({"name": "CHURN_FAILPOINT", "value": failpoint})
@@ -380,6 +394,16 @@ class Release:
         """The registry's aliases of the model."""
         found = json.loads(self.mlflow("GET", f"/api/2.0/mlflow/registered-models/get?name={self.name}"))
         return {a["alias"]: int(a["version"]) for a in found["registered_model"].get("aliases", ())}
+
+    def versions(self) -> set[int]:
+        """The registry's versions of the model."""
+        found = json.loads(self.mlflow("GET", f"/api/2.0/mlflow/model-versions/search?filter=name%3D'{self.name}'"))
+        return {int(version["version"]) for version in found.get("model_versions", ())}
+
+    def delete_version(self, version: int) -> None:
+        """Delete a version of the model, and with it aliases that point to it."""
+        body = {"name": self.name, "version": str(version)}
+        self.mlflow("DELETE", "/api/2.0/mlflow/model-versions/delete", body)
 
     def churn(self, *arguments: str, timeout: float = 180) -> Done:
         """`kubectl churn …` with the plugin the chart comes with on the PATH; its exit code is the caller's to judge."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -23,15 +26,20 @@ from tests.broken_bentos import BREAKS, WORSE
 from tests.cluster.clients import Reply, in_order
 from tests.cluster.commands import NotYet, wait_until
 from tests.cluster.faults import (
+    CALM,
     CONVERGED,
     NORMAL,
     REFUSED,
     History,
     Result,
     Row,
+    alert,
     evict,
+    exit_code,
     fault,
+    jobs_fail_and_a_pod_starts,
     kill,
+    metrics,
     names,
     new_rows,
     other,
@@ -43,22 +51,29 @@ from tests.cluster.faults import (
     score_features,
     see_it_fail,
     serve,
+    start_churn,
     start_promote_by_another_clock,
     stopped,
     tag_of,
+    unpin,
     without,
     worker,
 )
-from tests.cluster.node.node import restart_kubelet
+from tests.cluster.node import node
 from tests.cluster.release import Release
 
-PROMOTE_STEPS = [step for step in STEPS if step.startswith("promote.")]
+TIMES = 5  # that promote is killed at each step
+SIGKILLED = 137  # exit code
 FIRST_POD = 15.0  # seconds from a rollback's command to the first answer of the old tag
 PUT_BACK = 60.0  # seconds from the failed check of a bento until the old one is wanted, named and alone again
 SURGE_FAILED = 200  # requests that one pod may fail before it is noticed
 KILLS, FEWEST = 100, 50  # depending on how busy the machine is
 KILLING = 180.0  # seconds for them
-OUTAGE = 60.0  # seconds that a store or the API server is away
+OUTAGE = 60.0  # seconds that the API server is away, or a spool has to get full
+POSTGRES_AWAY = 600.0
+MLFLOW_AWAY = 300.0
+TOLD = 60.0  # seconds from the beginning of an outage until the condition of its alert holds
+RETRAINS = 15  # seconds that one takes longer, so that the others come meanwhile
 HEARTBEAT = 30.0  # seconds after which a kubelet has told the API server of its pods again
 
 
@@ -156,6 +171,16 @@ def test_what_is_valid_after(tag: str, row: Row) -> None:
     History([late], log_of(late), (PROMOTED[0], row)).check()
 
 
+def test_what_a_fault_destroys_may_be_missing_and_nothing_else() -> None:
+    """Nor may it say so of what is there."""
+    destroyed = frozenset({ANSWERS[0].request_id})
+    History(ANSWERS, log_of(*ANSWERS[1:]), PROMOTED, destroyed).check()
+    with pytest.raises(AssertionError, match=rf"1 answers are not in the log.*{ANSWERS[1].request_id}"):
+        History(ANSWERS, log_of(*ANSWERS[2:]), PROMOTED, destroyed).check()
+    with pytest.raises(AssertionError, match="destroyed, and in the log"):
+        History(ANSWERS, log_of(*ANSWERS), PROMOTED, destroyed).check()
+
+
 def test_scores_are_computed_again() -> None:
     """From the features in the log; a difference above 1e-6 fails."""
     history = History(ANSWERS[:1], log_of(ANSWERS[0]), PROMOTED)
@@ -178,20 +203,56 @@ def test_results_are_merged_by_fault(tmp_path: Path) -> None:
 # ---- promotion killed, twice at once, many times ---------------------------------------------------------
 
 
+def follow(release: Release, version: int, step: str) -> str:
+    """A hand moves the alias; the Job that follows it is killed."""
+    release.move_alias(version)
+    return release.start_job("promote", failpoint=f"{step}=exit")
+
+
+def promote_and_undo(release: Release, version: int, step: str) -> str:
+    """A candidate is promoted, found wanting at the end, and the Job is killed while it undoes that."""
+    done = release.churn("approve", str(version))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return release.start_job("promote", failpoint=f"promote.settled=raise,{step}=exit")
+
+
+def roll_back(release: Release, version: int, step: str) -> str:
+    """`churn rollback` is killed."""
+    return start_churn(release, "rollback", "--to", str(version), failpoint=f"{step}=exit")
+
+
+Begin = Callable[[Release, int, str], str]
+BEGINS: dict[str, tuple[Begin, tuple[str, str]]] = {
+    "promote": (follow, ("follow", "promoted")),
+    "undo": (promote_and_undo, ("promote", "promoted")),
+    "pin": (roll_back, ("pin", "rolled_back")),
+}  # of steps: what reaches them, and the row after the next run
+KILLED_STEPS = [step for step in STEPS if not step.startswith("retrain.")]  # those: tests/jobs/test_retrain.py
+
+
+def test_each_step_has_something_that_reaches_it() -> None:
+    assert {step.partition(".")[0] for step in KILLED_STEPS} == set(BEGINS)
+
+
 @on_the_cluster
-@pytest.mark.parametrize("step", PROMOTE_STEPS)
+@pytest.mark.parametrize("step", KILLED_STEPS)
 def test_promote_killed_at_a_step_is_finished_by_the_next_run(release: Release, step: str) -> None:
-    """SIGKILL at every step: the next run converges, one row is new, alias and served tag agree."""
-    version, before = other(release), release.promotions()
+    """SIGKILL at every step, again and again: the next run converges, one row is new, alias and served tag agree."""
+    begin, (action, result) = BEGINS[step.partition(".")[0]]
+    before, expected = release.promotions(), []
     with fault(release, f"5 promote killed at {step}") as happened:
-        release.move_alias(version)
-        killed = release.job_end(release.start_job("promote", failpoint=f"{step}=exit"))
-        assert not killed.complete, f"{step} was not reached: {killed}"
-        happened.mended()
-        end = promote(release)
-        took = happened.normal(version, within=CONVERGED)
-    print(f"  normal {took:.1f} s after the next run's start; {end.log.splitlines()[-1]}")
-    assert new_rows(release, before) == [("follow", version, "promoted")]
+        for _ in range(TIMES):
+            version = other(release)
+            killed = release.job_end(begin(release, version, step))
+            assert exit_code(release, killed.name) == SIGKILLED, f"{step} was not reached: {killed}"
+            happened.mended()
+            end = promote(release)
+            happened.normal(version, within=CONVERGED)
+            expected.append((action, version, result))
+            assert new_rows(release, before) == expected
+            if action == "pin":
+                unpin(release)
+    print(f"  normal {happened.seconds:.1f} s after the next run's start at the latest; {end.log.splitlines()[-1]}")
 
 
 @on_the_cluster
@@ -210,6 +271,27 @@ def test_three_promotes_at_once(release: Release) -> None:
     for end in held:
         assert f"held by {promoted[0].name}" in end.log, end
     assert new_rows(release, before) == [("follow", version, "promoted")]
+
+
+@on_the_cluster
+def test_three_retrains_at_once(release: Release) -> None:
+    """One works, the others end well and say who does; there is one version more, which goes away again."""
+    version, versions = release.served_version(), release.versions()
+    with fault(release, "6 three retrains in the same second") as happened:
+        late = f"retrain.trained=sleep:{RETRAINS}"
+        jobs = [release.start_job("retrain", failpoint=late, env={"CHURN_SEED": "20"}) for _ in range(3)]
+        ends = [release.job_end(job) for job in jobs]
+        new = release.versions() - versions
+        for number in new:
+            release.delete_version(number)
+        happened.normal(version, within=CONVERGED)
+    assert all(end.complete for end in ends), ends
+    registered = [end for end in ends if "result=registered" in end.log]
+    held = [end for end in ends if "result=held" in end.log]
+    assert (len(registered), len(held)) == (1, 2), ends
+    for end in held:
+        assert f"held by {registered[0].name}" in end.log, end
+    assert len(new) == 1
 
 
 @on_the_cluster
@@ -265,15 +347,6 @@ def test_rollback_in_the_middle_of_a_promotion(release: Release) -> None:
     unpin(release)
 
 
-def unpin(release: Release) -> None:
-    """What was pinned serves on."""
-    version = release.served_version()
-    done = release.churn("unpin")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "result=idle" in promote(release).log
-    assert release.served_version() == version
-
-
 @on_the_cluster
 def test_rollback_while_mlflow_is_down(release: Release) -> None:
     """`kubectl churn rollback`: the old bento answers within 15 s, and stays until unpinned, also when MLflow is back."""
@@ -303,6 +376,7 @@ def test_twenty_promotions_and_rollbacks_in_a_row(release: Release) -> None:
     versions = [other(release), release.served_version()] * 10
     before = release.promotions()
     with fault(release, "1 twenty promotions and rollbacks in a row") as happened:
+        calm, began = happened.goes_on(CALM), time.monotonic()
         for number, version in enumerate(versions):
             if number % 2 == 0:
                 release.move_alias(version)
@@ -311,8 +385,10 @@ def test_twenty_promotions_and_rollbacks_in_a_row(release: Release) -> None:
                 done = release.churn("rollback", "--reason", f"number {number}")
                 assert done.returncode == 0, done.stdout + done.stderr
                 release.churn("unpin")
+        pace = happened.pace(began)
         happened.mended()
         happened.normal(versions[-1], within=NORMAL)
+    print(f"  before: {calm}; meanwhile: {pace}: p99 is {pace.p99 / calm.p99:.1f} times as long")
     expected = [("follow", "promoted"), ("pin", "rolled_back")] * 10
     assert new_rows(release, before) == [
         (action, version, result) for (action, result), version in zip(expected, versions, strict=True)
@@ -438,6 +514,8 @@ def test_serving_containers_killed(pair: Release) -> None:
             kill(pair, pod)
             happened.mended()
             wait_until(f"{pod} is back", lambda p=pod, b=before: restarts(pair, p) > b, within=NORMAL)  # type: ignore[misc]
+            # the ingress controller learns of it later; until then it would have nobody but the next one to be killed
+            wait_until(f"{pod} is asked", lambda p=pod: metrics(pair, "churn_log_appended_total")[p], within=NORMAL)  # type: ignore[misc]
         happened.normal(version, within=NORMAL)
     print(f"  {happened.clients.repeated} requests were asked twice")
 
@@ -480,7 +558,7 @@ def test_kubelet_restarted(pair: Release) -> None:
     """Pods run on, and the same ones are ready afterwards."""
     version, before = pair.served_version(), names(pair, "serving")
     with fault(pair, "9 kubelet restarted") as happened:
-        restart_kubelet()
+        node.restart_kubelet()
         happened.mended()
         happened.normal(version, within=NORMAL)
     assert names(pair, "serving") == before
@@ -490,18 +568,22 @@ def test_kubelet_restarted(pair: Release) -> None:
 
 
 @on_the_cluster
-def test_postgres_away_for_a_minute(pair: Release) -> None:
-    """Predictions wait in the spool; promotion begins nothing, and says why."""
-    version, began = pair.served_version(), time.monotonic()
-    with fault(pair, "10 Postgres away for a minute") as happened:
+def test_postgres_away_for_ten_minutes(pair: Release) -> None:
+    """Predictions wait in the spool, which is not even half full; promotion begins nothing, and says why."""
+    version, ((backlog,), limit) = pair.served_version(), alert(pair, "ChurnSpoolFilling")
+    with fault(pair, "10 Postgres away for ten minutes") as happened:
+        calm = happened.goes_on(CALM)
         with without(pair, "postgres"):
             began = time.monotonic()
             says_why(pair, pair.start_job("promote"))
-            time.sleep(max(0.0, began + OUTAGE - time.monotonic()))
+            pace = happened.goes_on(POSTGRES_AWAY, since=began)
+            waiting = max(metrics(pair, backlog).values())
         happened.mended()
-        print(f"  backlog empty after {happened.logged(within=NORMAL):.1f} s")
+        print(f"  backlog empty after {happened.logged(within=NORMAL):.1f} s; {waiting / 2**20:.1f} MiB in a pod")
         happened.normal(version, within=NORMAL)
         promote(pair)
+    print(f"  before: {calm}; meanwhile: {pace}: p99 is {pace.p99 / calm.p99:.2f} times as long")
+    assert waiting <= limit
 
 
 @on_the_cluster
@@ -552,17 +634,13 @@ def test_valkey_flushed(pair: Release) -> None:
 
 @on_the_cluster
 def test_mlflow_away(pair: Release) -> None:
-    """Predictions go on, a pod starts, jobs fail with a sentence and do their work later."""
+    """For minutes: predictions go on, a pod starts, jobs fail with a sentence and do their work later."""
     version = pair.served_version()
     with fault(pair, "19 MLflow away") as happened:
         with without(pair, "mlflow"):
-            jobs = [pair.start_job("promote"), pair.start_job("drift")]
-            pod = names(pair, "serving")[0]
-            pair.kubectl("delete", "pod", pod, "--wait=false")
-            wait_until(f"{pod} goes", lambda: pod not in names(pair, "serving"), within=30)
-            pair.wait_rolled_out()
-            for job in jobs:
-                says_why(pair, job)
+            began = time.monotonic()
+            jobs_fail_and_a_pod_starts(pair)
+            happened.goes_on(MLFLOW_AWAY, since=began)
         happened.mended()
         promote(pair)
         happened.normal(version, within=NORMAL)
@@ -583,31 +661,83 @@ def small_spool(pair: Release) -> Iterator[None]:
 @on_the_cluster
 @pytest.mark.usefixtures("small_spool")
 def test_spool_full(pair: Release) -> None:
-    """503 while Postgres is away and the spool has no room: none is answered that is not logged; it heals by itself."""
-    version = pair.served_version()
+    """503 while Postgres is away and the spool has no room: none is answered that is not logged; it heals by itself.
+
+    The condition of alert ChurnSpoolFilling holds meanwhile, in time, and no longer.
+    """
+    version, ((backlog,), limit) = pair.served_version(), alert(pair, "ChurnSpoolFilling")
     before = {pod: restarts(pair, pod) for pod in names(pair, "serving")}
+
+    def alarming() -> bool:
+        return max(metrics(pair, backlog).values()) > limit
+
     with fault(pair, "12 spool full", refused="log_full") as happened:
+        assert not alarming()
+        began = time.monotonic()
         with without(pair, "postgres"):
+            wait_until("the alert's condition holds", alarming, within=TOLD, every=0.1)
+            told = time.monotonic() - began
             wait_until("clients are refused", lambda: len(happened.clients.failed) >= 100, within=2 * OUTAGE)
         happened.mended()
-        print(f"\n  backlog empty after {happened.logged(within=NORMAL):.1f} s")
+        logged = happened.logged(within=NORMAL)
+        wait_until("the alert's condition is over", lambda: not alarming(), within=NORMAL, every=0.1)
+        over = time.monotonic() - happened.since
         happened.normal(version, within=NORMAL)
+    refused = happened.clients.failed[0].sent_at - began
+    print(f"  the alert's condition held after {told:.1f} s, clients were refused after {refused:.1f} s")
+    print(f"  backlog empty after {logged:.1f} s, the condition was over after {over:.1f} s")
+    assert told <= TOLD
     assert {pod: restarts(pair, pod) for pod in names(pair, "serving")} == before
 
 
 # ---- the cluster -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def another_architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tag of a serving image whose Python is for other CPUs; it is in the node."""
+    if os.environ.get("CONTEXT"):
+        pytest.skip("needs the node of tests/cluster/node, which takes images from buildah")
+    folder, name = tmp_path_factory.mktemp("image"), "docker.io/library/churn-serving"
+    cpu = "arm64" if platform.machine() == "x86_64" else "amd64"
+    (folder / "main.go").write_text("package main\n\nfunc main() {}\n")
+    (folder / "Dockerfile").write_text(f"FROM {name}:dev\nCOPY python /app/bin/python\n")  # comes first on its PATH
+    go = shutil.which("go") or "/usr/local/go/bin/go"
+    environment = {**os.environ, "GOOS": "linux", "GOARCH": cpu, "CGO_ENABLED": "0"}
+    for command in (
+        [go, "build", "-o", "python", "main.go"],
+        ["buildah", "bud", "--isolation", "chroot", "--quiet", "--tag", f"{name}:{cpu}", "."],
+    ):
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    node.load([f"{name}:{cpu}"])
+    return cpu
+
+
+IMAGES = {"that cannot be pulled": "ImagePull", "of another architecture": "exec format error"}  # and what is said then
+
+
+def complaints(release: Release) -> str:
+    """The status of all pods, and what those that should serve say before they do."""
+    serving = "--selector=app.kubernetes.io/component=serving"
+    return release.kubectl("get", "pods") + release.kubectl("logs", serving, "--container=fetch", check=False)
+
+
 @on_the_cluster
-def test_image_that_cannot_be_pulled(pair: Release) -> None:
+@pytest.mark.parametrize("image", IMAGES)
+def test_image_that_cannot_run(pair: Release, request: pytest.FixtureRequest, image: str) -> None:
     """`helm upgrade` with such a tag: the old pods serve, a promotion is put off and done when the image is right."""
+    tag = request.getfixturevalue("another_architecture") if "architecture" in image else "absent"
     version = pair.served_version()
-    with fault(pair, "2 image that cannot be pulled") as happened:
-        pair.upgrade({"images": {"serving": {"tag": "absent"}}}, wait=False)
-        wait_until("a pod waits for it", lambda: "ImagePull" in pair.kubectl("get", "pods"), within=60)
+    with fault(pair, f"2 image {image}") as happened:
+        pair.upgrade({"images": {"serving": {"tag": tag}}}, wait=False)
+        wait_until("a pod fails with it", lambda: IMAGES[image] in complaints(pair), within=60)
         pair.move_alias(3 - version)
         promote(pair, complete=False)
-        assert pair.promotions()[-1]["result"] == "interrupted"
+        (*_, undone) = pair.promotions()
+        assert undone["result"] == "interrupted", undone
         assert pair.served_version() == version
         pair.upgrade({"images": {"serving": {"tag": "dev"}}})
         pair.bootstrapped()
@@ -621,6 +751,7 @@ def test_image_that_cannot_be_pulled(pair: Release) -> None:
 
         wait_until("it is tried again", promoted, within=2 * CONVERGED, every=5)
         happened.normal(3 - version, within=2 * CONVERGED)
+    print(f"  put off: {undone['reason'][:300]}")
     assert set(happened.clients.versions) == {1, 2}
 
 
@@ -646,7 +777,7 @@ def test_api_server_away_in_the_middle_of_a_promotion(pair: Release) -> None:
         job = pair.start_job("promote")
         wait_until("it has patched the tag", lambda: pair.served_version() == version, within=60, every=0.1)
         with stopped(pair.cluster, "kube-system", server):
-            time.sleep(OUTAGE)
+            happened.goes_on(OUTAGE)
         back = time.monotonic()
         happened.mended()
         wait_until("it answers again", lambda: pair.kubectl("version", check=False), within=NORMAL)

@@ -13,7 +13,6 @@ import secrets
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -28,12 +27,12 @@ from tests.cluster.faults import (
     start_python,
     stored_archive,
     stored_as,
+    volumes,
 )
 from tests.cluster.release import JobEnd, Release
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
-PODS = Path("/var/lib/kubelet/pods")
 REFUSED_ARCHIVE = 3  # exit code of the init container
 CANARY = "the canary sang"
 
@@ -92,8 +91,7 @@ def planted(release: Release, change: str, after: str = "") -> Iterator[tuple[in
     found = re.search(r"^planted (\d+)$", end.log, re.MULTILINE)
     assert end.complete and found, end
     yield int(found[1]), end
-    version = {"name": release.name, "version": found[1]}
-    release.mlflow("DELETE", "/api/2.0/mlflow/model-versions/delete", version)
+    release.delete_version(int(found[1]))
 
 
 def is_refused(release: Release, name: str, version: int, says: str, *, by_hand: bool = False) -> JobEnd:
@@ -267,10 +265,8 @@ def test_archive_that_somebody_changed(pair: Release, kind: str) -> None:
         with stored_as(pair, tag, change(stored), sha256):
             pair.kubectl("delete", "pod", names(pair, "serving")[0], "--wait=false")
             pod, uid, said = wait_until("a new pod refuses it", lambda: refusal(pair), within=NORMAL)
-            volumes = PODS / uid / "volumes" / "kubernetes.io~empty-dir"
-            left = [
-                str(path.relative_to(volumes)) for path in volumes.rglob("*") if path.is_file() or path.is_symlink()
-            ]
+            folder = volumes(uid)
+            left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
         happened.mended()
         pair.kubectl("delete", "pod", pod, "--wait=false")  # a new one is sooner than the kubelet's next try
         happened.normal(version, within=NORMAL)

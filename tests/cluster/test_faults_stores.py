@@ -1,36 +1,51 @@
-"""Faults of the stores, while clients ask: Postgres that takes no predictions, Valkey that holds other things.
+"""Faults of the stores, while clients ask: Postgres that takes no predictions, a damaged spool, Valkey that holds other
+things, MLflow that answers something else.
 
 As in test_faults.py; the number before a fault is its row in charts/README.md, section "Faults".
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.cluster.commands import wait_until
+from bentos.churn.spool import frame, read_records
+from tests.cluster.commands import NotYet, wait_until
 from tests.cluster.faults import (
     NORMAL,
     REFUSED,
     Fault,
+    alert,
+    answering,
     cut_off,
     fault,
+    jobs_fail_and_a_pod_starts,
+    kill,
     metric,
+    metrics,
     names,
+    other,
     processes,
+    promote,
+    restarts,
     score_features,
+    stopped,
     threads,
+    unpin,
+    volumes,
+    without,
 )
-from tests.cluster.release import CHART, Release
+from tests.cluster.release import Release
 from tests.cluster.story import SECOND, Snapshots
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults]
@@ -39,6 +54,7 @@ AWAY = 20.0  # seconds that Postgres takes nothing, or takes it slowly
 PILE = 2  # threads more than before; each batch has a timer's
 LATE = 5.0  # seconds until what came with a row that is refused, or after it, is in the log
 BACK = 2.0  # seconds until look-ups are answered when Valkey answers again
+SEGMENTS = 4  # of a spool, before it is damaged
 
 
 # ---- Postgres --------------------------------------------------------------------------------------------
@@ -130,6 +146,73 @@ def test_row_that_postgres_refuses(pair: Release, snapshots: Snapshots) -> None:
     print(f"  those behind it were in the log within {took:.1f} s; {quarantined:.0f} in quarantine")
     assert quarantined == 1
     assert pair.rows(f"SELECT 1 FROM predictions WHERE request_id = '{happened.clients.run}-poison'") == []
+
+
+# ---- the spool -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What was done to a spool, whose process stood still."""
+
+    whole: set[str]  # ids of predictions that can still be read
+    requests: list[str]  # those of the two that cannot
+    stretches: set[bytes]  # what is left of these
+
+    @classmethod
+    def do(cls, spool: Path) -> Damage:
+        """Flip a byte in the middle of a record, and cut the tail of the newest one in half."""
+        _, flipped, *_, torn = segments(spool)
+        records = {path: read_records(path.read_bytes()) for path in segments(spool)}
+        assert not any(damaged for _, damaged in records.values())
+        victims = [records[flipped][0][len(records[flipped][0]) // 2], records[torn][0][-1]]
+        first, last = map(frame, victims)
+        data, middle = flipped.read_bytes(), len(first) // 2
+        at = data.index(first) + middle
+        with flipped.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([data[at] ^ 1]))
+        os.truncate(torn, torn.stat().st_size - len(last) // 2)
+        rows = [json.loads(record) for found, _ in records.values() for record in found if record not in victims]
+        left = {first[:middle] + bytes([first[middle] ^ 1]) + first[middle + 1 :], last[: -(len(last) // 2)]}
+        return cls({row["prediction_id"] for row in rows}, [json.loads(v)["request_id"] for v in victims], left)
+
+
+def segments(spool: Path) -> list[Path]:
+    """Of the process that serves, oldest first."""
+    (folder,) = spool.glob("worker-*")
+    found = sorted(folder.glob("*.seg"))
+    if len(found) < SEGMENTS:
+        raise NotYet(f"{len(found)} segments")
+    return found
+
+
+@pytest.mark.usefixtures("node")
+def test_spool_with_a_torn_tail_and_a_damaged_record(pair: Release) -> None:
+    """Killed while Postgres is away: all other records reach the log, these two are set aside, and counted."""
+    version, pod = pair.served_version(), names(pair, "serving")[0]
+    spool, before = volumes(pair.get("pod", pod)["metadata"]["uid"]) / "spool", restarts(pair, pod)
+    kept = set((spool / "quarantine").glob("*"))
+    with fault(pair, "13 spool with a torn tail and a damaged record", again=3.0) as happened:
+        with without(pair, "postgres"):
+            wait_until("segments wait", lambda: segments(spool), within=NORMAL)
+            with stopped(pair.cluster, pair.namespace, pod):
+                damage = Damage.do(spool)
+                kill(pair, pod)
+            happened.destroys(damage.requests)
+            wait_until(f"{pod} is back", lambda: restarts(pair, pod) > before, within=NORMAL)
+        happened.mended()
+        took = happened.logged(within=NORMAL)
+        happened.normal(version, within=NORMAL)
+        logged = pair.rows(f"SELECT prediction_id FROM predictions WHERE request_id LIKE '{happened.clients.run}-%'")
+        aside = set((spool / "quarantine").glob("*")) - kept
+        counted = metrics(pair, "churn_log_quarantined_total")[pod]
+    print(f"  {len(damage.whole)} records were whole, log complete after {took:.1f} s; lost: {damage.requests}")
+    print(f"  {counted:.0f} in quarantine; {happened.clients.repeated} requests were asked twice")
+    assert damage.whole <= {row["prediction_id"] for row in logged}
+    assert {path.read_bytes() for path in aside} == damage.stretches
+    assert counted == len(damage.stretches)
+    assert (restarts(pair, pod), metrics(pair, "churn_worker_restarts_total")[pod]) == (before + 1, 0)
 
 
 # ---- Valkey ----------------------------------------------------------------------------------------------
@@ -258,18 +341,6 @@ def test_values_that_are_damaged(pair: Release) -> None:
     assert pair.rows(query) == []
 
 
-def stale_alert(release: Release) -> tuple[str, str, float]:
-    """The two counters of alert ChurnStaleFeatures, and the share of the first at which it fires."""
-    rendered = release.helm(
-        "helm", "template", release.name, CHART, "--set=metrics.prometheusRule.enabled=true",
-        "--show-only=templates/serving/prometheusrule.yaml",
-    ).stdout  # fmt: skip
-    (group,) = yaml.safe_load(rendered)["spec"]["groups"]
-    (expression,) = [rule["expr"] for rule in group["rules"] if rule["alert"] == "ChurnStaleFeatures"]
-    stale, all_ = re.findall(r"rate\((\w+){", expression)
-    return stale, all_, float(expression.rpartition(">")[2])
-
-
 def set_stale_after(release: Release, age: str) -> None:
     """And that no pod is left that goes by another."""
     release.upgrade({"serving": {"staleAfter": age}})
@@ -286,7 +357,7 @@ def set_stale_after(release: Release, age: str) -> None:
 
 def test_stale_features(pair: Release) -> None:
     """A month old, where a day is allowed: every answer says so, and the alert's counters do."""
-    version, (stale, all_, share) = pair.served_version(), stale_alert(pair)
+    version, ((stale, all_), share) = pair.served_version(), alert(pair, "ChurnStaleFeatures")
     with fault(pair, "17 stale features") as happened:
         set_stale_after(pair, "1d")
         since, before = datetime.now(UTC), (metric(pair, stale), metric(pair, all_))
@@ -307,3 +378,54 @@ def test_stale_features(pair: Release) -> None:
     print(f"  {row['stale']} of {row['rows']} answers said so; the alert's ratio is {fires:.2f}, it fires at {share}")
     assert row["stale"] == row["rows"] > 200
     assert fires > share
+
+
+# ---- MLflow ----------------------------------------------------------------------------------------------
+
+
+def http_answer(body: bytes, status: str = "200 OK", length: int = 0) -> bytes:
+    """As it goes over the wire; with another length than its own it ends too early."""
+    return f"HTTP/1.0 {status}\r\nContent-Length: {length or len(body)}\r\n\r\n".encode() + body
+
+
+WRONG: dict[str, tuple[list[bytes], float]] = {
+    "500": ([http_answer(b'{"error_code": "INTERNAL_ERROR"}', "500 Internal Server Error")], 0),
+    "garbage": (
+        [
+            http_answer(b"<html><body>It works!</body></html>"),
+            http_answer(b'{"registered_model": {"name": "chu', length=2000),
+            http_answer(b"\xff\xfe\x00"),
+            http_answer(b"[1]"),
+            b"\x16\x03\x01 no HTTP at all\n\n",
+            http_answer(b'{"registered_model": "x", "model_version": []}'),
+        ],
+        0,
+    ),
+    "after 30 s": ([http_answer(b"{}")], 30),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_mlflow_that_answers_something_else(pair: Release, how: str) -> None:
+    """Predictions go on, a pod starts, jobs fail with a sentence, a rollback works; later all catch up."""
+    version, (answers, after) = other(pair), WRONG[how]
+    with fault(pair, f"19 MLflow answers {how}") as happened:
+        with answering(pair, "mlflow", 5000, *answers, after=after) as pod:
+            jobs_fail_and_a_pod_starts(pair)
+            began = time.monotonic()
+            done = pair.churn("rollback", "--to", str(version), "--reason", f"MLflow answers {how}")
+            assert done.returncode == 0, done.stdout + done.stderr
+            pair.wait_served(version, within=NORMAL)
+            everywhere = time.monotonic() - began
+            asked = pair.kubectl("logs", pod).count("/api/2.0/mlflow/")
+        happened.mended()
+        promote(pair)
+        happened.normal(version, within=NORMAL)
+        end = pair.job_from_cronjob("drift")
+    first = next(r for r in happened.clients.answered if r.sent_at > began and r.model_version == version)
+    took = first.sent_at + first.seconds - began
+    print(f"  first answer of the old bento {took:.1f} s after the command, everywhere after {everywhere:.1f} s")
+    print(f"  MLflow was asked {asked} times")
+    assert asked > 2
+    assert end.complete, end
+    unpin(pair)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.clients import Clients, in_order
+from tests.cluster.clients import in_order
 from tests.cluster.commands import NotYet, wait_until
-from tests.cluster.faults import fault
+from tests.cluster.faults import Fault, fault
 from tests.cluster.release import MakeRelease, Release
 from tests.conftest import REPOSITORY
 
@@ -150,47 +151,43 @@ def older(chart: Path, make_release: MakeRelease) -> Older:
     return found
 
 
-def check(older: Older, clients: Clients, promotions: Sequence[Row], predictions: set[str], tag: str) -> None:
-    """No request failed, no row is lost, and the tag is another one by repackaging the same version, once."""
-    clients.check_none_failed()
+@contextmanager
+def repackaged(older: Older, name: str) -> Iterator[Fault]:
+    """The block changes the release: no request fails, no row is lost, the same version is packaged anew, once."""
+    release, promotions, predictions = older.release, older.release.promotions(), older.predictions()
+    tag = release.served_tag()
+    with fault(release, name) as happened:
+        yield happened
+        older.wait_repackaged(promotions)
+        happened.normal(2, within=NORMAL)
+    happened.clients.check_none_failed()
     rows = [(row["action"], row["to_version"], row["result"]) for row in older.new_rows(promotions)]
-    version = older.release.served_version()
     lost = predictions - older.predictions()
     print(f"  promotions since: {rows}; predictions lost {len(lost)} of {len(predictions)}; tables {older.revision()}")
     assert not lost
-    assert rows == [("rebuild", version, "promoted")]
-    assert in_order(clients.tags) == [tag, older.release.served_tag()]
+    assert rows == [("rebuild", 2, "promoted")]
+    assert in_order(happened.clients.tags) == [tag, release.served_tag()]
 
 
 def test_upgrade_from_the_older_release(older: Older) -> None:
     """`helm upgrade` to this chart and its images: the same version serves on, packaged anew for the new code."""
-    release, promotions, predictions = older.release, older.release.promotions(), older.predictions()
-    tag = str(release.served_tag())
-    with fault(release, f"34 upgrade from {OLDER}") as happened:
-        release.upgrade({"jobs": {"retrain": {"seed": 1}}})
+    with repackaged(older, f"34 upgrade from {OLDER}") as happened:
+        older.release.upgrade({"jobs": {"retrain": {"seed": 1}}})
         happened.mended()
-        assert release.bootstrapped().complete
-        older.wait_repackaged(promotions)
-        happened.normal(2, within=NORMAL)
-    check(older, happened.clients, promotions, predictions, tag)
+        assert older.release.bootstrapped().complete
     assert older.revision() == "0002"
 
 
 def test_back_to_the_older_release(older: Older) -> None:
     """`helm rollback`, then the tables by a pod of the new release, as CHANGELOG.md says: promote repackages."""
-    release, promotions, predictions = older.release, older.release.promotions(), older.predictions()
-    tag = str(release.served_tag())
+    release, image = older.release, older.image()
     assert older.revision() == "0002", "comes after the upgrade"
-    with fault(release, f"34 back to {OLDER}") as happened:
-        image = older.image()
+    with repackaged(older, f"34 back to {OLDER}") as happened:
         release.helm("helm", "rollback", release.name)  # not --wait: new pods are ready once promote has repackaged
         older.downgrade(image)
         end = release.job_end("downgrade")
         assert end.complete, end
         happened.mended()
-        older.wait_repackaged(promotions)
-        happened.normal(2, within=NORMAL)
-    check(older, happened.clients, promotions, predictions, tag)
     assert older.revision() == "0001"
 
 
