@@ -79,6 +79,7 @@ SAMPLE = 25  # scores of each tag that are computed again
 CONVERGED = 90.0  # seconds for the run after a killed one, from its start
 NORMAL = 60.0  # seconds until all is as before, once what was broken works again
 JOB_FAILS = 60.0  # seconds until a job that lacks a store says so
+FIRST_POD = 15.0  # seconds from a rollback's command to the first answer of the old tag
 REFUSED = 1.0  # seconds of the slowest look-up while the online store is away
 CALM = 60.0  # seconds in which nothing happens, to compare with
 SAID = 500  # characters of what clients say

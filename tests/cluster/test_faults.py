@@ -28,6 +28,7 @@ from tests.cluster.commands import NotYet, wait_until
 from tests.cluster.faults import (
     CALM,
     CONVERGED,
+    FIRST_POD,
     NORMAL,
     REFUSED,
     History,
@@ -64,7 +65,6 @@ from tests.cluster.release import Release
 
 TIMES = 5  # that promote is killed at each step
 SIGKILLED = 137  # exit code
-FIRST_POD = 15.0  # seconds from a rollback's command to the first answer of the old tag
 PUT_BACK = 60.0  # seconds from the failed check of a bento until the old one is wanted, named and alone again
 SURGE_FAILED = 200  # requests that one pod may fail before it is noticed
 KILLS, FEWEST = 100, 50  # depending on how busy the machine is

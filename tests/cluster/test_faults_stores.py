@@ -22,6 +22,7 @@ import pytest
 from bentos.churn.spool import frame, read_records
 from tests.cluster.commands import NotYet, wait_until
 from tests.cluster.faults import (
+    FIRST_POD,
     NORMAL,
     REFUSED,
     Fault,
@@ -427,5 +428,6 @@ def test_mlflow_that_answers_something_else(pair: Release, how: str) -> None:
     print(f"  first answer of the old bento {took:.1f} s after the command, everywhere after {everywhere:.1f} s")
     print(f"  MLflow was asked {asked} times")
     assert asked > 2
+    assert took <= FIRST_POD
     assert end.complete, end
     unpin(pair)
