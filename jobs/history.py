@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobs.database import pins, promotions
+
+if TYPE_CHECKING:
+    from jobs.serving import Serving
 
 GOOD = ("promoted", "rolled_back")  # results after which `to` is what should be served
 
@@ -40,13 +43,6 @@ class Pin:
     reason: str
     by: str
     pinned_at: datetime
-
-
-def older_database(tag: str | None, fence: int, newest: int) -> str:
-    """That the database does not know the promotion that wrote what serves, and the way out."""
-    wrote = f"{tag} was written by promotion {fence}"
-    remedy = "is it another database, or was an older backup restored? `churn adopt` goes on from what serves"
-    return f"the database knows promotions up to {newest}, but {wrote}: {remedy}"
 
 
 class History:
@@ -179,3 +175,13 @@ class History:
         """Unpin."""
         with self.engine.begin() as connection:
             connection.execute(pins.delete())
+
+
+def older_database(history: History, serving: Serving) -> str | None:
+    """That the database does not know the promotion that wrote what serves, and the way out; None if it does."""
+    fence, newest = serving.fence(), history.newest_id()  # in this order: whoever promotes now opens a row first
+    if fence <= newest:
+        return None
+    wrote = f"{serving.served_tag()} was written by promotion {fence}"
+    remedy = "is it another database, or was an older backup restored? `churn adopt` goes on from what serves"
+    return f"the database knows promotions up to {newest}, but {wrote}: {remedy}"

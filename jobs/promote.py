@@ -302,10 +302,8 @@ class Promoter:
 
     def _refuse_older_database(self) -> None:
         """Raise if the served tag was written by a promotion that the record does not know: a restored backup."""
-        fence = self.serving.fence()
-        newest = self.history.newest_id()  # in this order: whoever promotes now opens a row first
-        if fence > newest:
-            raise PromotionFailed(older_database(self.serving.served_tag(), fence, newest), interrupted=True)
+        if said := older_database(self.history, self.serving):
+            raise PromotionFailed(said, interrupted=True)
 
     def _refuse_what_cannot_serve(self) -> None:
         """Raise if what should be served never will be: promoted while nothing served, so that nobody noticed."""

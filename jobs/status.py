@@ -238,10 +238,8 @@ def _disagreements(
     settings: Settings, serving: Serving, production: int | None, good: Promotion | None, wanted_tag: str | None
 ) -> list[str]:
     """Where alias, record and served tag differ though no promotion is under way: at most one entry."""
-    fence = serving.fence()
-    newest = History(connect(settings.database)).newest_id()  # in this order: whoever promotes now opens a row first
-    if fence > newest:
-        return [older_database(wanted_tag, fence, newest)]
+    if said := older_database(History(connect(settings.database)), serving):
+        return [said]
     version, tag = (good.to_version, good.to_tag) if good else (None, None)
     if tag != wanted_tag:
         said = f"the served tag is {wanted_tag or 'empty'}, the record of promotions says {tag or 'nothing'}"

@@ -37,6 +37,7 @@ class FakeServing:
         self, wanted: str | None, *ready: str, running: bool = True, failure: str | None = None, fence: int = 0
     ) -> None:
         self.fence = lambda: fence
+        self.served_tag = lambda: wanted
         pods = tuple(Pod(tag.replace(":", "-"), self.url, tag, True, "") for tag in ready)
         self.found = Rollout(wanted, pods, running, settled=bool(ready), failure=failure)
 
