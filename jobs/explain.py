@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 from jobs.database import connect, predictions, promotions
 from jobs.history import GOOD
-from jobs.provenance import record_of_version
+from jobs.package import bento_of, version_of
+from jobs.provenance import record_of, record_of_version
 from jobs.registry import Registry, RegistryError
 from jobs.settings import Settings
 
@@ -56,8 +57,8 @@ def explain(settings: Settings, request: str) -> list[Explanation]:
                 "what was answered just now, or while the database was away, comes a little later"
             )
         promoted = {row["bento_tag"]: _promotion(connection, row["bento_tag"], row["predicted_at"]) for row in rows}
-    trained = {row["model_version"]: _training(settings, engine, row["model_version"]) for row in rows}
-    return [_explained(row, promoted[row["bento_tag"]], *trained[row["model_version"]]) for row in rows]
+    trained = {row["bento_tag"]: _training(settings, engine, row["model_version"], row["bento_tag"]) for row in rows}
+    return [_explained(row, promoted[row["bento_tag"]], *trained[row["bento_tag"]]) for row in rows]
 
 
 def _promotion(connection: sa.Connection, tag: str, at: datetime) -> dict[str, Any] | None:
@@ -69,15 +70,16 @@ def _promotion(connection: sa.Connection, tag: str, at: datetime) -> dict[str, A
     return next(iter(good or found), None)
 
 
-def _training(settings: Settings, engine: sa.Engine, number: int) -> tuple[dict[str, str], str]:
+def _training(settings: Settings, engine: sa.Engine, number: int, tag: str) -> tuple[dict[str, str], str]:
     try:
-        version = Registry(settings).version(number)
-        missing = f"the model registry has no version {number} any more"
+        version = version_of(engine, Registry(settings), number, tag)
+        missing = f"the model registry has no version {number} of that run"
     except RegistryError as error:
         version, missing = None, str(error)
     if version is not None:
         return {"run_id": version.run_id, **{key: version.tags[key] for key in TRAINING if key in version.tags}}, ""
-    recorded = record_of_version(engine, number)
+    stored = bento_of(engine, tag)  # a number may come again, in another registry
+    recorded = record_of(engine, stored.run_id) if stored else record_of_version(engine, number)
     if recorded is None:
         return {}, missing
     return {name: str(getattr(recorded, name)) for name in ("run_id", *TRAINING) if hasattr(recorded, name)}, missing

@@ -46,6 +46,12 @@ def bento_of(engine: sa.Engine, tag: str) -> Bento | None:
     return Bento(*row) if row else None
 
 
+def version_of(engine: sa.Engine, registry: Registry, number: int, tag: str | None) -> ModelVersion | None:
+    """The version that this bento was made of; None if it was deleted, or its number now is another run's."""
+    found, stored = registry.version(number), bento_of(engine, tag) if tag else None
+    return None if found is not None and stored is not None and found.run_id != stored.run_id else found
+
+
 def is_whole(engine: sa.Engine, tag: str) -> bool:
     """Whether the bento of that tag is stored, and its archive is the one that was built."""
     query = sa.select(bentos.c.archive, bentos.c.sha256).where(bentos.c.tag == tag)

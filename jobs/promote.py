@@ -23,7 +23,7 @@ from jobs.database import await_answer, connect
 from jobs.failpoints import failpoint
 from jobs.history import History, Pin, Promotion, older_database
 from jobs.lease import Held, lease
-from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, is_whole, prune_bentos
+from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, is_whole, prune_bentos, version_of
 from jobs.registry import (
     CANDIDATE,
     HELD,
@@ -224,8 +224,11 @@ class Promoter:
             aliases = self.registry.aliases()
             number = aliases.get(CANDIDATE)
             candidate = None if number is None else self.registry.version(number)
-            champion = self._registered(last.to_version, last.to_tag) if last else None
-            registered = self._registered(pin.version, pin.bento_tag) is not None if pin else champion is not None
+            champion = version_of(self.engine, self.registry, last.to_version, last.to_tag) if last else None
+            if pin:
+                registered = version_of(self.engine, self.registry, pin.version, pin.bento_tag) is not None
+            else:
+                registered = champion is not None
         except RegistryError:
             if pin is None:
                 raise
@@ -250,11 +253,6 @@ class Promoter:
             held_against=held_against(self.settings, last.to_version if last else None),
             now=datetime.now(UTC),
         )
-
-    def _registered(self, number: int, tag: str | None) -> ModelVersion | None:
-        """The version that this bento was made of; None if it was deleted, or its number now is another run's."""
-        found, stored = self.registry.version(number), bento_of(self.engine, tag) if tag else None
-        return None if found is not None and stored is not None and found.run_id != stored.run_id else found
 
     def _retry_at(self, pin: Pin | None) -> dict[int, datetime]:
         """Backoff: 1, 2, 4 … minutes after the last of the interrupted attempts in a row, at most LONGEST_BACKOFF.

@@ -159,13 +159,14 @@ def record_of(engine: sa.Engine, run_id: str) -> Record | None:
 
 
 def record_of_version(engine: sa.Engine, number: int) -> Record | None:
-    """What was recorded of that version, or None; for when the registry cannot say which run it is of."""
+    """What was recorded last of that number, or None; for when nothing says which run it is of."""
     return _first(engine, models.c.version == number)
 
 
 def _first(engine: sa.Engine, condition: sa.ColumnElement[bool]) -> Record | None:
     with engine.connect() as connection:
-        row = connection.execute(sa.select(models).where(condition)).mappings().first()
+        newest = sa.select(models).where(condition).order_by(models.c.recorded_at.desc())
+        row = connection.execute(newest).mappings().first()
     return None if row is None else Record(**{**row, "artifacts": json.loads(row["artifacts"])})
 
 

@@ -21,6 +21,7 @@ from bentos.churn.database import sqlite_path
 from jobs.database import connect, drift_checks, predictions, retrains
 from jobs.history import History, Pin, Promotion, older_database
 from jobs.lease import is_held
+from jobs.package import version_of
 from jobs.registry import CANDIDATE, HELD, HELD_AGAINST, PREVIOUS, PRODUCTION, Registry
 from jobs.replay import held_against
 from jobs.serving import DIRECT, Pod, Rollout, Serving, serving_of
@@ -238,16 +239,18 @@ def _disagreements(
     settings: Settings, serving: Serving, production: int | None, good: Promotion | None, wanted_tag: str | None
 ) -> list[str]:
     """Where alias, record and served tag differ though no promotion is under way: at most one entry."""
-    if said := older_database(History(connect(settings.database)), serving):
+    engine = connect(settings.database)
+    if said := older_database(History(engine), serving):
         return [said]
     version, tag = (good.to_version, good.to_tag) if good else (None, None)
     if tag != wanted_tag:
         said = f"the served tag is {wanted_tag or 'empty'}, the record of promotions says {tag or 'nothing'}"
         return [f"{said}; `churn promote` settles it"]
+    expected = version if production in (None, version) else None
+    if expected is not None and version_of(engine, Registry(settings), expected, tag) is None:
+        remedy = "correct CHURN_MLFLOW_URL or CHURN_RELEASE, or let `churn retrain` make another"
+        return [f"the model registry does not have version {version} of the run that serves as {tag}; {remedy}"]
     if production != version:
-        if version is not None and production is None and Registry(settings).version(version) is None:
-            remedy = "correct CHURN_MLFLOW_URL or CHURN_RELEASE, or let `churn retrain` make another"
-            return [f"the model registry does not have version {version}, which serves as {wanted_tag}; {remedy}"]
         alias = f"alias {PRODUCTION} points to {f'version {production}' if production else 'no version'}"
         return [f"{alias}, what should serve is {wanted_tag or 'nothing'}; `churn promote` settles it"]
     return []

@@ -27,7 +27,7 @@ from hiredis import ReplyError
 
 from bentos.churn.online import StoreDown
 
-ANSWER_SECONDS = 0.25  # of one user, from the question to the answer: connecting, logging in, a second attempt
+ANSWER_SECONDS = 0.2  # of one user, from the question to the answer: connecting, logging in, a second attempt
 REST_SECONDS = 0.2  # after a failure, before the next attempt
 POOL = 4
 CROWDED = 64  # replies a connection owes before it gets a companion

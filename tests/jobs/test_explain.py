@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.database import connect, models, predictions
+from jobs.database import bentos, connect, models, predictions
 from jobs.explain import UnknownRequest, explain, lines
 from jobs.promote import promote
 from jobs.settings import Settings
@@ -90,6 +90,23 @@ def test_without_a_registry_its_part_is_what_retrain_recorded(promotable: Copy, 
     assert shown["algorithm, gate reason"].startswith("not known: MLflow did not answer")
     assert "features as of" not in shown
     assert shown["user"].startswith("none: the features came with the request")
+
+
+def test_a_registry_that_began_again_is_not_asked_about_a_version_of_the_old_one(
+    promotable: Copy, trained: Trained
+) -> None:
+    """Its version 1 is another run: what served here was made of a run that only our own tables know."""
+    settings = promotable()
+    answered(settings, trained.first_tag)
+    with connect(settings.database).begin() as connection:
+        (run,) = connection.execute(bentos.select().where(bentos.c.tag == trained.first_tag)).mappings()
+        connection.execute(models.update().where(models.c.run_id == run["run_id"]).values(run_id="elsewhere"))
+        connection.execute(bentos.update().where(bentos.c.tag == trained.first_tag).values(run_id="elsewhere"))
+
+    (found,) = explain(settings, "r1")
+
+    assert found.training["run_id"] == "elsewhere"
+    assert found.training_missing == "the model registry has no version 1 of that run"
 
 
 def test_without_registry_and_record_the_rest_is_told(promotable: Copy, trained: Trained) -> None:

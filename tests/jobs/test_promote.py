@@ -25,6 +25,7 @@ from jobs.promote import Idle, PromotionFailed, Want, World, decide, promote
 from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry, RegistryError
 from jobs.serving import LocalServing
 from jobs.settings import Settings
+from jobs.status import status
 from jobs.supervisor import as_environment
 from tests.jobs.conftest import SECOND_KNOWN, Trained
 
@@ -349,6 +350,11 @@ def test_another_registry_that_begins_again_promotes_nothing_by_itself(promotabl
 
     assert "that is another one" in promote(begun).reason
     assert LocalServing(begun).served_tag() == trained.first_tag
+    Registry(begun).set_alias(PRODUCTION, 1)
+    assert [
+        p for p in status(begun)["problems"] if p.startswith("the model registry does not have version 1 of the run")
+    ]
+    Registry(begun).drop_alias(PRODUCTION)
     approve(begun, 1, by="ada", reason="the old registry is lost")
     assert promote(begun).result == "promoted"
     assert LocalServing(begun).served_tag() not in (trained.first_tag, trained.second_tag)

@@ -302,7 +302,7 @@ def test_another_registry_is_not_settled_by_promote(
     monkeypatch.setattr(Registry, "version", lambda *_: None)
 
     (problem,) = problems(status(settings, FakeServing(ONE, ONE)))
-    assert problem.startswith(f"the model registry does not have version 1, which serves as {ONE}")
+    assert problem.startswith(f"the model registry does not have version 1 of the run that serves as {ONE};")
     assert "CHURN_MLFLOW_URL" in problem
 
 
