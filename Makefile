@@ -46,7 +46,7 @@ node-build: setup ## Build the node's binaries, Helm and kubectl among them, int
 images: ## Build the three images: churn-jobs, churn-serving, churn-mlflow
 	@images/build
 
-test: setup ## Run all tests that need no cluster, three demos among them (20 minutes on two cores)
+test: setup ## Run all tests that need no cluster, three demos among them (17 to 20 minutes on two cores)
 	$(BIN)/pytest -m "not bench and not load and not cluster"
 
 test-quick: setup ## Run them without the demos

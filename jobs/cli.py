@@ -55,7 +55,12 @@ def _as_of(text: str | None) -> datetime | None:
 
 AsOf = Annotated[
     datetime | None,
-    typer.Option("--as-of", parser=_as_of, metavar="DATE", help="Reason as of the end of that day, UTC. Default: now."),
+    typer.Option(
+        "--as-of",
+        parser=_as_of,
+        metavar="DATE",
+        help="Reason as of the end of that day, UTC. Default: CHURN_AS_OF, or now.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]

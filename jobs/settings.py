@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     canary_max_failed: float = Field(0.01, ge=0, le=1, description="share new pods may fail above the old ones'")
     canary_max_slowdown: float = Field(3.0, ge=1, description="times the old pods' p95 that new ones may take")
     rebuild_on_code_change: bool = Field(True, description="new serving code: build the served version anew")
-    bentos_kept: int = Field(10, ge=2, description="archives kept beside those in use")
+    bentos_kept: int = Field(10, ge=2, description="newest archives kept; those in use are, however old")
     serve_host: str = Field("127.0.0.1", description="address that `churn serve` listens on")
     serve_port: int = Field(3000, ge=0, le=65535, description="its port; 0 takes a free one")
     serve_as_of: date | None = Field(None, description="the day features' age is judged on; default: today")
