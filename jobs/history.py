@@ -171,10 +171,11 @@ class History:
                 insert.values(id=1, **values).on_conflict_do_update(index_elements=[pins.c.id], set_=values)
             )
 
-    def clear_pin(self) -> None:
-        """Unpin."""
+    def clear_pin(self, pin: Pin) -> None:
+        """Unpin, unless somebody has pinned anew."""
+        this = (pins.c.bento_tag == pin.bento_tag, pins.c.pinned_at == pin.pinned_at)
         with self.engine.begin() as connection:
-            connection.execute(pins.delete())
+            connection.execute(pins.delete().where(*this))
 
 
 def older_database(history: History, serving: Serving) -> str | None:

@@ -60,6 +60,13 @@ def is_whole(engine: sa.Engine, tag: str) -> bool:
     return row is not None and hashlib.sha256(row.archive).hexdigest() == row.sha256
 
 
+def note_lost(engine: sa.Engine, tag: str, version: int, run_id: str) -> None:
+    """Keep which run a bento is of whose archive is in no backup: it serves on, and no pod can be added."""
+    lost = {"sha256": "", "archive": b"", "built_at": datetime.now(UTC)}
+    with engine.begin() as connection:
+        connection.execute(bentos.insert().values(tag=tag, model_version=version, run_id=run_id, **lost))
+
+
 def expected_tag(version: ModelVersion) -> str:
     """The tag that today's serving code makes of a version."""
     return packaging.bento_tag(version.version, version.run_id, version.tags.get("model_sha256", ""))

@@ -6,9 +6,11 @@ It works from the stored archives, also while the model registry is down.
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from datetime import UTC, datetime
+from http.client import HTTPException
 
 import sqlalchemy as sa
 
@@ -17,10 +19,10 @@ from jobs.database import bentos, connect
 from jobs.failpoints import failpoint
 from jobs.history import GOOD, History, Pin
 from jobs.lease import lease
-from jobs.package import bento_of
+from jobs.package import bento_of, ensure_bento, expected_tag, note_lost, version_of
 from jobs.promote import Promoter, PromoteResult, PromotionFailed
 from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry, RegistryError
-from jobs.serving import Serving, serving_of
+from jobs.serving import DIRECT, Serving, serving_of
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,16 @@ def unpin(settings: Settings, *, serving: Serving | None = None) -> Pin | None:
             raise RegistryError(f"{error}; the pin stays until alias {PRODUCTION} is known to follow it") from error
         if not follows:
             Promoter(settings, serving, by=found.by).run(wait=LEASE_WAIT)
-    history.clear_pin()
+            production = Registry(settings).aliases().get(PRODUCTION)
+            if production not in (None, found.version):
+                wrong = f"alias {PRODUCTION} names version {production}, which would serve without the pin"
+                remedy = f"remove the alias in the model registry, or `churn rollback --to {production}`"
+                raise NothingToDo(f"{wrong}: {remedy}")
+    if found is not None:
+        history.clear_pin(found)
+    newer = history.pin()
+    if newer is not None:
+        raise NothingToDo(f"{newer.bento_tag} was pinned by {newer.by} meanwhile, and stays so")
     return found
 
 
@@ -116,11 +127,13 @@ def approve(settings: Settings, version: int, *, by: str, reason: str) -> None:
     if found is None:
         there = ", ".join(str(known.version) for known in reversed(registry.versions())) or "none"
         raise NothingToDo(f"model {settings.release} has no version {version}; there are {there}")
-    last = History(connect(settings.database)).last(good=True)
-    if last is not None and last.to_version == version == registry.aliases().get(PRODUCTION):
+    engine = connect(settings.database)
+    last = History(engine).last(good=True)
+    serves = last is not None and last.to_version == version == registry.aliases().get(PRODUCTION)
+    if last is not None and serves and version_of(engine, registry, version, last.to_tag) is not None:
         raise NothingToDo(f"version {version} is in production already")
     by_whom = f"approve by {by}: {reason}" if reason else f"approve by {by}"
-    if provenance.record_as_it_is(connect(settings.database), registry, found, by=by_whom):
+    if provenance.record_as_it_is(engine, registry, found, by=by_whom):
         log.warning("version %d was not registered by `churn retrain`; it is recorded as it is now", version)
     if not found.passed:
         raise NothingToDo(
@@ -136,27 +149,64 @@ def approve(settings: Settings, version: int, *, by: str, reason: str) -> None:
 
 
 def adopt(settings: Settings, *, by: str, serving: Serving | None = None) -> str:
-    """Go on from what serves, when the database was restored from a backup older than that; returns the tag."""
+    """Go on from what serves, when the database was restored from a backup older than that; returns the tag.
+
+    A registry that was restored with it may lack the version, or have given its number to another run: the tag then
+    serves on without an alias, until `churn approve` replaces it. A pin of the backup ends unless it is on that tag.
+    """
     engine, serving = connect(settings.database), serving or serving_of(settings)
     history = History(engine)
     tag = serving.served_tag()
     if tag is None or serving.fence() <= history.newest_id():
         raise NothingToDo(f"the database knows what serves ({tag}); there is nothing to adopt")
     version = int(tag.split(":v", 1)[1].split("-", 1)[0])
-    found = Registry(settings).version(version)
-    if found is None:
-        raise NothingToDo(f"the model registry has no version {version}, which serves as {tag}: restore it as well")
+    registry = Registry(settings)
+    found, stored = registry.version(version), bento_of(engine, tag)
+    run = stored.run_id if stored is not None else _run_of(serving, tag)
+    if found is not None and run is not None and found.run_id != run:
+        found = None
+    if found is None and run is None:
+        lacks = f"the model registry has no version {version}, which serves as {tag}"
+        raise NothingToDo(f"{lacks}, and no pod says of which run it is: restore it as well, or let a pod serve")
     with lease(settings, "promote", wait=LEASE_WAIT):
         open_row = history.open_row()
         if open_row is not None:
             history.close(
                 open_row, now=datetime.now(UTC), result="interrupted", reason="left open in a restored backup"
             )
-        provenance.record_as_it_is(engine, Registry(settings), found, by=f"adopt by {by}")
+        pinned = history.pin()
+        if pinned is not None and pinned.bento_tag != tag:
+            history.clear_pin(pinned)
+        if found is not None:
+            provenance.record_as_it_is(engine, registry, found, by=f"adopt by {by}")
+            registry.set_alias(PRODUCTION, version)
+        else:
+            log.warning("the model registry does not have version %d of run %s: no alias names it", version, run)
+            registry.drop_alias(PRODUCTION)
+        if stored is None:
+            if found is not None and expected_tag(found) == tag:
+                ensure_bento(settings, engine, registry, found)
+            else:
+                note_lost(engine, tag, version, found.run_id if found is not None else str(run))
+                log.warning("the archive of %s is lost: running pods serve on, a new one would not get ready", tag)
         history.adopt(fence=serving.fence(), now=datetime.now(UTC), version=version, tag=tag,
                       reason="adopted after a restore", by=by)  # fmt: skip
-        Registry(settings).set_alias(PRODUCTION, version)
     return tag
+
+
+def _run_of(serving: Serving, tag: str) -> str | None:
+    """The run of what serves, as a pod of that tag says; None if none answers."""
+    for pod in serving.rollout().pods:
+        if not (pod.ready and pod.address and pod.bento_tag == tag):
+            continue
+        try:
+            with DIRECT.open(f"{pod.address}/info", timeout=2) as answer:
+                told = json.load(answer)
+        except (OSError, ValueError, HTTPException):
+            continue
+        if told.get("bento_tag") == tag and told.get("run_id"):
+            return str(told["run_id"])
+    return None
 
 
 def _stored(engine: sa.Engine, wanted: int | str) -> tuple[str, int]:

@@ -24,6 +24,7 @@ from jobs.failpoints import failpoint
 from jobs.history import History, Pin, Promotion, older_database
 from jobs.lease import Held, lease
 from jobs.package import bento_of, ensure_bento, expected_tag, golden_row, is_whole, prune_bentos, version_of
+from jobs.provenance import record_of
 from jobs.registry import (
     CANDIDATE,
     HELD,
@@ -85,6 +86,7 @@ class World:
     failed_rebuild: str | None  # the tag whose rebuilding failed last; it is not tried again
     held_against: str  # what a replay would be judged by today
     now: datetime
+    alias_recorded: bool = True  # whether the version that alias production names was made here, or approved
 
     def waits(self, version: int) -> str | None:
         """Until when it is not tried again, if its last attempt was interrupted."""
@@ -111,16 +113,13 @@ class Idle:
 
 def decide(world: World) -> Want | Idle:
     """What promotion should do now: the first rule of the design that applies."""
-    last, pin = world.last, world.pin
-    production = world.aliases.get(PRODUCTION)
-    if pin is not None:
-        recorded = last is not None and last.to_tag == pin.bento_tag == world.served_tag
-        alias_follows = production == pin.version or not world.registered
-        if recorded and alias_follows:
-            return Idle(f"pinned to {pin.bento_tag}: {pin.reason}")
-        if waits := world.waits(pin.version):
-            return Idle(f"pinned to {pin.bento_tag}, but that {waits}")
-        return Want("pin", pin.version, pin.bento_tag, f"pinned by {pin.by}: {pin.reason}")
+    last, production = world.last, world.aliases.get(PRODUCTION)
+    if world.pin is not None:
+        return _pinned(world, world.pin)
+    if last is not None and production is not None and not world.registered and not world.alias_recorded:
+        stranger = f"alias {PRODUCTION} names version {production}, which was not made here"
+        remedy = f"is it another model registry? `churn approve {production}` takes that version over"
+        return Idle(f"{stranger}; {last.to_tag} serves on: {remedy}")
     if production is not None and (last is None or last.to_version != production):
         if waits := world.waits(production):
             return Idle(f"version {production} {waits}")
@@ -139,6 +138,8 @@ def decide(world: World) -> Want | Idle:
         gone = f"version {last.to_version} was deleted from the model registry, or that is another one"
         return Idle(f"{gone}; {last.to_tag} serves on; `churn approve N` replaces it by version N")
     if last is not None and production is None and world.registered:
+        if waits := world.waits(last.to_version):
+            return Idle(f"alias {PRODUCTION} is gone, and putting it back {waits}")
         return Want(
             "restore",
             last.to_version,
@@ -150,6 +151,7 @@ def decide(world: World) -> Want | Idle:
         return idle
     if (
         last is not None
+        and not _taken_back(last, world.expected_tag)
         and not world.waits(last.to_version)
         and world.expected_tag not in (None, last.to_tag, world.failed_rebuild)
         and world.rebuild_on_code_change
@@ -159,12 +161,27 @@ def decide(world: World) -> Want | Idle:
     return idle
 
 
+def _pinned(world: World, pin: Pin) -> Want | Idle:
+    recorded = world.last is not None and world.last.to_tag == pin.bento_tag == world.served_tag
+    alias_follows = world.aliases.get(PRODUCTION) == pin.version or not world.registered
+    if recorded and alias_follows:
+        return Idle(f"pinned to {pin.bento_tag}: {pin.reason}")
+    if waits := world.waits(pin.version):
+        return Idle(f"pinned to {pin.bento_tag}, but that {waits}")
+    return Want("pin", pin.version, pin.bento_tag, f"pinned by {pin.by}: {pin.reason}")
+
+
+def _taken_back(last: Promotion, tag: str | None) -> bool:
+    """Whether a person went back from that build of a version to another one of it."""
+    return last.action == "pin" and last.from_version == last.to_version and last.from_tag == tag
+
+
 def _candidate(world: World) -> Want | Idle:
     candidate, first = world.candidate, world.aliases.get(PRODUCTION) is None
     if candidate is None:
         return Idle("no candidate" if not first else "no model yet: `churn retrain` trains one")
     name = f"candidate {candidate.version}"
-    if candidate.version == world.aliases.get(PRODUCTION):
+    if candidate.version == world.aliases.get(PRODUCTION) and world.registered:
         return Idle(f"version {candidate.version} is in production")
     if not candidate.passed:
         return Idle(f"{name} was refused by the gate: {candidate.tags.get('gate_reason', 'no reason recorded')}")
@@ -219,16 +236,19 @@ class Promoter:
         """Everything `decide` needs; with a pin, a registry that does not answer is no obstacle."""
         pin, last = self.history.pin(), self.history.last(good=True)
         served_tag = self.serving.served_tag()
-        registered = True
+        registered = alias_recorded = True
         try:
             aliases = self.registry.aliases()
-            number = aliases.get(CANDIDATE)
+            number, production = aliases.get(CANDIDATE), aliases.get(PRODUCTION)
             candidate = None if number is None else self.registry.version(number)
             champion = version_of(self.engine, self.registry, last.to_version, last.to_tag) if last else None
             if pin:
                 registered = version_of(self.engine, self.registry, pin.version, pin.bento_tag) is not None
             else:
                 registered = champion is not None
+            if production is not None and not registered:
+                found = self.registry.version(production)
+                alias_recorded = found is None or record_of(self.engine, found.run_id) is not None
         except RegistryError:
             if pin is None:
                 raise
@@ -252,6 +272,7 @@ class Promoter:
             failed_rebuild=failed_rebuild,
             held_against=held_against(self.settings, last.to_version if last else None),
             now=datetime.now(UTC),
+            alias_recorded=alias_recorded,
         )
 
     def _retry_at(self, pin: Pin | None) -> dict[int, datetime]:
@@ -366,6 +387,8 @@ class Promoter:
 
     def _objection(self, served_tag: str, tag: str) -> str | None:
         """What a replay has against a candidate's bento beside the one that serves."""
+        if not is_whole(self.engine, served_tag):
+            return f"the stored archive of {served_tag} is gone or damaged, so that nothing can be compared with it"
         found = replay(self.settings, self.engine, served_tag, tag)
         log.info("%s beside %s: %s", tag, served_tag, found)
         objections = found.objections(self.settings)
@@ -422,7 +445,7 @@ class Promoter:
             self._probe(tag)
             failpoint("promote.probed")
         except _Yielded as yielded:
-            self._undo(row, "interrupted", str(yielded), yields=True)
+            self._undo(row, "interrupted", str(yielded), yields=yielded.to_pin)
             return PromoteResult("idle", str(yielded), self.serving.served_tag())
         except (_ModelFault, ModelRefused) as fault:
             self._undo(row, "failed", str(fault))
@@ -450,7 +473,9 @@ class Promoter:
     def _obey_pin(self, row: Promotion) -> None:
         pin = self.history.pin()
         if pin is not None and (pin.version, pin.bento_tag) != (row.to_version, row.to_tag or pin.bento_tag):
-            raise _Yielded(f"yields to the pin on {pin.bento_tag} by {pin.by}")
+            raise _Yielded(f"yields to the pin on {pin.bento_tag} by {pin.by}", to_pin=True)
+        if pin is None and row.action == "pin":
+            raise _Yielded(f"the pin on {row.to_tag} was taken back before it served everywhere", to_pin=False)
 
     def _set_aliases(self, row: Promotion) -> None:
         try:
@@ -459,13 +484,20 @@ class Promoter:
             if before not in (row.from_version, row.to_version, None) and row.action != "pin":
                 raise _WorldFault(f"alias {PRODUCTION} was moved to version {before} meanwhile")
             number = row.from_version if before in (None, row.to_version) else before
-            left = None if number in (None, row.to_version) else self.registry.version(number)
+            left = None
+            if number not in (None, row.to_version):
+                left = self._from(row) if number == row.from_version else self.registry.version(number)
             if left is not None:
                 self.registry.set_alias(PREVIOUS, left.version)
                 if row.action in ("pin", "follow"):
                     self.registry.set_tags(left.version, {"rolled_back": f"{row.opened_at:%Y-%m-%dT%H:%M:%SZ}"})
             failpoint("promote.previous_set")
-            self.registry.set_alias(PRODUCTION, row.to_version)
+            if row.action == "pin" and version_of(self.engine, self.registry, row.to_version, row.to_tag) is None:
+                log.warning("the model registry has no version %s of %s: no alias names it", row.to_version, row.to_tag)
+                if left is not None:
+                    self.registry.drop_alias(PRODUCTION)
+            else:
+                self.registry.set_alias(PRODUCTION, row.to_version)
             failpoint("promote.production_set")
             if aliases.get(CANDIDATE) == row.to_version:
                 self.registry.drop_alias(CANDIDATE)
@@ -477,6 +509,12 @@ class Promoter:
                 raise
             log.warning("aliases follow when the model registry answers again: %s", error)
 
+    def _from(self, row: Promotion) -> ModelVersion | None:
+        """The version that a promotion replaces, if the registry still has it."""
+        if row.from_version is None:
+            return None
+        return version_of(self.engine, self.registry, row.from_version, row.from_tag)
+
     def _set_served_tag(self, row: Promotion, tag: str) -> str | None:
         """Patch the tag; why new pods were failing before, while old ones served: then no model is at fault.
 
@@ -484,7 +522,7 @@ class Promoter:
         """
         served, failing = self.serving.served_tag(), None
         if served != tag:
-            if served not in (row.from_tag, None) and row.action not in ("pin", "restore"):
+            if served not in (row.from_tag, None) and row.action not in ("pin", "follow", "restore"):
                 raise _WorldFault(f"the served tag was changed to {served} meanwhile")
             before = self.serving.rollout()
             if any(pod.ready and pod.bento_tag == served for pod in before.pods):
@@ -555,7 +593,10 @@ class Promoter:
         rollout = self.serving.rollout()
         if not rollout.running:
             return
-        for pod in rollout.pods:
+        ready = [pod for pod in rollout.pods if pod.ready and pod.address]  # others may have come since
+        if not ready:
+            raise _WorldFault("no pod is ready any more")
+        for pod in ready:
             found = ask(f"{pod.address}/info").get("bento_tag")
             if found != tag:
                 raise _ModelFault(f"{pod.name} says it serves {found}; expected {tag}")
@@ -569,25 +610,21 @@ class Promoter:
         result: Literal["promoted", "rolled_back"] = "rolled_back" if row.action == "pin" else "promoted"
         now = datetime.now(UTC)
         try:
-            self.registry.set_tags(
-                row.to_version,
-                {
-                    "bento_tag": tag,
-                    "served_since": now.isoformat(timespec="seconds"),
-                    "promotion_failed": None,
-                    "rolled_back": None,
-                },
-            )
+            since = {"bento_tag": tag, "served_since": now.isoformat(timespec="seconds")}
+            if version_of(self.engine, self.registry, row.to_version, tag) is not None:
+                self.registry.set_tags(row.to_version, {**since, "promotion_failed": None, "rolled_back": None})
         except RegistryError as error:  # aliases are right and it serves; to undo that for a note would be worse
             log.warning("version %d serves, but its tags could not be written: %s", row.to_version, error)
         self.history.close(row, now=now, result=result, reason=row.reason)
         failpoint("promote.closed")
         log.info("result=%s served_tag=%s", result, tag)
-        self.serving.tell(
-            TOLD[row.action], f"version {row.from_version or '-'} -> {row.to_version} ({tag}): {row.reason}"
-        )
-        in_use = {tag, row.from_tag or tag, *self.serving.tags_in_use()}
-        prune_bentos(self.engine, keep=self.settings.bentos_kept, in_use=in_use)
+        told = f"version {row.from_version or '-'} -> {row.to_version} ({tag}): {row.reason}"
+        try:
+            self.serving.tell(TOLD[row.action], told)
+            in_use = {tag, row.from_tag or tag, *self.serving.tags_in_use()}
+            prune_bentos(self.engine, keep=self.settings.bentos_kept, in_use=in_use)
+        except Exception as error:  # an API server that is away: what was asked for is done all the same
+            log.warning("no Event and no old bento removed: %s", error)
         return PromoteResult(result, row.reason, tag, row.from_version, row.to_version)
 
     # ---- undoing -----------------------------------------------------------------------------------------
@@ -595,7 +632,8 @@ class Promoter:
     def _undo(self, row: Promotion, result: str, reason: str, *, yields: bool = False) -> None:
         """Put aliases and served tag back, if they are still ours, and close the row with the reason.
 
-        One that yields to a pin leaves the served tag to the pin, and its version counts as rolled back.
+        One that yields to a pin leaves the served tag to the pin, and its version counts as rolled back. Where the
+        registry has lost what served before, no alias names that any more.
         """
         log.error("promotion %d is undone (%s): %s", row.id, result, reason)
         row = next(r for r in self.history.rows() if r.id == row.id)
@@ -606,26 +644,11 @@ class Promoter:
             except (ServedTagChanged, StaleFence) as theirs:
                 log.warning("the served tag is not put back: %s", theirs)
         failpoint("undo.tag_put_back")
-        asked_by_hand = row.action == "follow" and result == "interrupted"  # the alias stays: it is tried again
-        if row.action == "pin" and result == "failed":
-            self.history.clear_pin()  # what cannot be served cannot be pinned
+        pin = self.history.pin()
+        if row.action == "pin" and result == "failed" and pin is not None and pin.bento_tag == row.to_tag:
+            self.history.clear_pin(pin)  # what cannot be served cannot be pinned
         try:
-            ours = self.registry.aliases().get(PRODUCTION) == row.to_version and row.from_version != row.to_version
-            if ours and not asked_by_hand:
-                self._put_previous_back(row)
-                if row.from_version is None:
-                    self.registry.drop_alias(PRODUCTION)
-                else:
-                    self.registry.set_alias(PRODUCTION, row.from_version)
-            if row.action in ("promote", "follow") and self.registry.version(row.to_version) is not None:
-                mark = {"promotion_failed": reason[:4900]} if result == "failed" else {}
-                if yields:
-                    mark = {"rolled_back": f"{row.opened_at:%Y-%m-%dT%H:%M:%SZ}"}
-                self.registry.set_tags(row.to_version, {"promoted_at": None, **mark})
-                if result == "interrupted" and row.action == "promote" and CANDIDATE not in self.registry.aliases():
-                    self.registry.set_alias(CANDIDATE, row.to_version)
-            if row.action in ("pin", "follow") and row.from_version is not None:
-                self.registry.set_tags(row.from_version, {"rolled_back": None})
+            self._put_aliases_back(row, result, reason, yields=yields)
         except RegistryError as error:
             if not yields:
                 reason = f"{reason}; aliases could not be put back yet: {error}"
@@ -635,6 +658,28 @@ class Promoter:
         self.history.close(row, now=datetime.now(UTC), result=result, reason=reason)
         what = "PromotionFailed" if result == "failed" else "PromotionInterrupted"
         self.serving.tell(what, f"version {row.to_version} ({row.to_tag or 'no bento'}): {reason}", warning=True)
+
+    def _put_aliases_back(self, row: Promotion, result: str, reason: str, *, yields: bool) -> None:
+        """Say in the registry that what served before is what serves, and of the version that was to, why not."""
+        asked_by_hand = row.action == "follow" and result == "interrupted"  # the alias stays: it is tried again
+        was, production = self._from(row), self.registry.aliases().get(PRODUCTION)
+        dropped = production is None and row.action == "pin"  # because no version is left that it could name
+        if (production == row.to_version or dropped) and not asked_by_hand:
+            if row.from_version != row.to_version:
+                self._put_previous_back(row)
+            if was is None:
+                self.registry.drop_alias(PRODUCTION)
+            else:
+                self.registry.set_alias(PRODUCTION, was.version)
+        if row.action in ("promote", "follow") and self.registry.version(row.to_version) is not None:
+            mark = {"promotion_failed": reason[:4900]} if result == "failed" else {}
+            if yields:
+                mark = {"rolled_back": f"{row.opened_at:%Y-%m-%dT%H:%M:%SZ}"}
+            self.registry.set_tags(row.to_version, {"promoted_at": None, **mark})
+            if result == "interrupted" and row.action == "promote" and CANDIDATE not in self.registry.aliases():
+                self.registry.set_alias(CANDIDATE, row.to_version)
+        if row.action in ("pin", "follow") and was is not None:
+            self.registry.set_tags(was.version, {"rolled_back": None})
 
     def _put_previous_back(self, row: Promotion) -> None:
         before = self.history.last(good=True)
@@ -646,21 +691,21 @@ class Promoter:
 
 
 class _Yielded(Exception):
-    """A pin set meanwhile has precedence."""
+    """A person said something else meanwhile: set a pin, which has precedence, or took back the one this is for."""
+
+    def __init__(self, reason: str, *, to_pin: bool) -> None:
+        super().__init__(reason)
+        self.to_pin = to_pin
 
 
 def ask(url: str, body: object = None, *, token: str = "") -> dict[str, Any]:
     """What a service answers in JSON; no answer is the world's fault, an error of its own the model's."""
-    request = urllib.request.Request(
-        url,
-        headers={
-            "Content-Type": "application/json",
-            "X-Churn-Source": "probe",
-            **({"X-Churn-Probe-Token": token} if token else {}),
-        },
-        data=None if body is None else json.dumps(body).encode(),
-    )
+    headers = {"Content-Type": "application/json", "X-Churn-Source": "probe"}
+    if token:
+        headers["X-Churn-Probe-Token"] = token
+    data = None if body is None else json.dumps(body).encode()
     try:
+        request = urllib.request.Request(url, headers=headers, data=data)
         with DIRECT.open(request, timeout=5) as answer:
             found: dict[str, Any] = json.load(answer)
             return found

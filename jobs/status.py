@@ -246,8 +246,7 @@ def _disagreements(
     if tag != wanted_tag:
         said = f"the served tag is {wanted_tag or 'empty'}, the record of promotions says {tag or 'nothing'}"
         return [f"{said}; `churn promote` settles it"]
-    expected = version if production in (None, version) else None
-    if expected is not None and version_of(engine, Registry(settings), expected, tag) is None:
+    if version is not None and version_of(engine, Registry(settings), version, tag) is None:
         remedy = "correct CHURN_MLFLOW_URL or CHURN_RELEASE, or let `churn retrain` make another"
         return [f"the model registry does not have version {version} of the run that serves as {tag}; {remedy}"]
     if production != version:

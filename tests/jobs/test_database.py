@@ -495,7 +495,9 @@ def test_a_pin_takes_the_place_of_another(history: History) -> None:
     history.set_pin(pin(2))
     assert history.pin() == pin(2)
 
-    history.clear_pin()
+    history.clear_pin(pin(1))  # of somebody who saw the one before
+    assert history.pin() == pin(2)
+    history.clear_pin(pin(2))
 
     assert history.pin() is None
 

@@ -16,14 +16,14 @@ import pytest
 import sqlalchemy as sa
 
 from jobs import failpoints
-from jobs.database import connect
+from jobs.database import bentos, connect
 from jobs.history import History, Pin, Promotion
 from jobs.lease import lease
 from jobs.package import bento_of, is_whole
 from jobs.pin import NothingToDo, adopt, approve, pin, rollback, unpin
-from jobs.promote import Idle, PromotionFailed, Want, World, decide, promote
+from jobs.promote import Idle, Promoter, PromotionFailed, Want, World, _ModelFault, _WorldFault, decide, promote
 from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry, RegistryError
-from jobs.serving import LocalServing
+from jobs.serving import LocalServing, Pod, Rollout
 from jobs.settings import Settings
 from jobs.status import status
 from jobs.supervisor import as_environment
@@ -64,6 +64,7 @@ WITH_CANDIDATE = replace(SETTLED, aliases={PRODUCTION: 1, CANDIDATE: 2}, candida
 EMPTY = replace(SETTLED, aliases={}, served_tag=None, served_version=None, last=None, expected_tag=None)
 FIRST = replace(EMPTY, aliases={CANDIDATE: 1}, candidate=version(1))
 PIN = Pin(1, TAG_1, "doubts", "ada", NOW)
+TAKEN_BACK = replace(row(1, "churn:v1-older"), action="pin", from_version=1, from_tag=TAG_1)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,19 @@ def test_wanted(world: World, action: str, to: int) -> None:
             "no candidate",
             id="rebuild failed",
         ),
+        pytest.param(
+            replace(SETTLED, aliases={}, retry_at={1: NOW + timedelta(minutes=2)}),
+            "alias production is gone, and putting it back was interrupted; next try at 12:02:00",
+            id="alias gone, a registry that cannot be written",
+        ),
+        pytest.param(
+            replace(SETTLED, last=TAKEN_BACK, served_tag=TAKEN_BACK.to_tag), "no candidate", id="rebuild taken back"
+        ),
+        pytest.param(
+            replace(SETTLED, aliases={PRODUCTION: 7}, registered=False, alias_recorded=False),
+            "names version 7, which was not made here",
+            id="another installation's registry",
+        ),
     ],
 )
 def test_nothing_wanted(world: World, says: str) -> None:
@@ -185,6 +199,20 @@ def state(settings: Settings) -> tuple[object, ...]:
     aliases = Registry(settings).aliases()
     assert (aliases[PRODUCTION], LocalServing(settings).served_tag()) == (last.to_version, last.to_tag)
     return last.to_version, last.to_tag, aliases
+
+
+def newest(settings: Settings) -> Promotion:
+    """The newest promotion, however it ended."""
+    return History(connect(settings.database)).rows(limit=1)[0]
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """A step that fails."""
+
+    def fault(*_: object) -> None:
+        raise error
+
+    return fault
 
 
 Copy = Callable[..., Settings]
@@ -278,8 +306,6 @@ def test_model_that_changed_in_the_registry_is_refused(promotable: Copy, trained
     """One byte of the registered file differs, and the bento is not built yet: nothing changes, and it is marked."""
     settings = promotable()
     engine = connect(settings.database)
-    from jobs.database import bentos
-
     with engine.begin() as connection:
         connection.execute(bentos.delete().where(bentos.c.tag == trained.second_tag))
     registry = Registry(settings)
@@ -339,7 +365,9 @@ def test_rollback_ends_a_promotion_that_was_killed_while_the_registry_is_down(
     assert state(settings)[:2] == (1, trained.first_tag)
 
 
-def test_another_registry_that_begins_again_promotes_nothing_by_itself(promotable: Copy, trained: Trained) -> None:
+def test_another_registry_that_begins_again_promotes_nothing_by_itself(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its version 1 is another run than the one that serves, judged against nobody."""
     from jobs.retrain import retrain
 
@@ -356,6 +384,13 @@ def test_another_registry_that_begins_again_promotes_nothing_by_itself(promotabl
     ]
     Registry(begun).drop_alias(PRODUCTION)
     approve(begun, 1, by="ada", reason="the old registry is lost")
+    with monkeypatch.context() as busy:
+        busy.setattr(Promoter, "_watch", raising(_WorldFault("no room for a pod")))
+        with pytest.raises(PromotionFailed, match="no room for a pod"):
+            promote(begun)
+    assert Registry(begun).aliases() == {CANDIDATE: 1}
+    assert "was interrupted; next try" in promote(begun).reason
+    monkeypatch.setattr(Promoter, "_retry_at", lambda *_: {})
     assert promote(begun).result == "promoted"
     assert LocalServing(begun).served_tag() not in (trained.first_tag, trained.second_tag)
 
@@ -364,8 +399,6 @@ def test_a_stored_archive_that_is_damaged_is_built_again_or_the_way_out_is_named
     promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the code that built it; other code makes another bento, which is not what was asked for."""
-    from jobs.database import bentos
-
     settings = promotable()
     engine = connect(settings.database)
     promote(settings)
@@ -407,16 +440,95 @@ def test_a_registry_that_is_not_there_is_not_an_empty_one(promotable: Copy, trai
     assert not (settings.home / "mlflow.db").exists()
 
 
-def test_a_deleted_version_can_be_rolled_back_to(promotable: Copy, trained: Trained) -> None:
+def test_a_deleted_version_can_be_rolled_back_to(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its archive is stored: the registry is not needed, and nothing is tried again each minute."""
     settings = promotable()
     promote(settings)
     registry = Registry(settings)
     registry.drop_alias(PREVIOUS)
     registry.client.delete_model_version(settings.release, "1")
+    with monkeypatch.context() as broken:
+        broken.setattr(Promoter, "_watch", raising(_ModelFault("it crashes")))
+        with pytest.raises(PromotionFailed, match="it crashes"):
+            rollback(settings, reason="doubts", by="ada")
+    assert state(settings) == (2, trained.second_tag, {PRODUCTION: 2})
     assert rollback(settings, reason="doubts", by="ada").to_version == 1
     assert LocalServing(settings).served_tag() == trained.first_tag
     assert promote(settings).result == "idle"
+    unpin(settings)  # what was left does not return, though no alias can name what serves
+    assert "deleted from the model registry" in promote(settings).reason
+    assert LocalServing(settings).served_tag() == trained.first_tag
+
+
+def test_a_promotion_from_a_deleted_version_that_fails_is_closed(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alias cannot be put back to a version that is gone: none names what serves then, and nothing is tried again."""
+    settings = promotable()
+    Registry(settings).client.delete_model_version(settings.release, "1")
+    approve(settings, 2, by="ada", reason="")
+    with monkeypatch.context() as broken:
+        broken.setattr(Promoter, "_watch", raising(_ModelFault("it crashes")))
+        with pytest.raises(PromotionFailed, match="it crashes"):
+            promote(settings)
+    assert PRODUCTION not in Registry(settings).aliases()
+    assert "deleted from the model registry" in promote(settings).reason
+    assert LocalServing(settings).served_tag() == trained.first_tag
+    assert newest(settings).result == "failed"
+
+
+def test_a_rollback_that_was_taken_back_before_it_was_done_is_undone(promotable: Copy, trained: Trained) -> None:
+    settings = promotable()
+    promote(settings)
+    assert churn(settings, "rollback", "--reason", "doubts", CHURN_FAILPOINT="promote.patched=exit").returncode == 137
+    assert LocalServing(settings).served_tag() == trained.first_tag
+    unpin(settings)
+    assert promote(settings).result == "idle"
+    assert state(settings)[:2] == (2, trained.second_tag)
+    assert newest(settings).reason == f"the pin on {trained.first_tag} was taken back before it served everywhere"
+    version = Registry(settings).version(2)
+    assert version is not None and "rolled_back" not in version.tags
+
+
+def test_an_alias_moved_by_a_hand_has_precedence_over_a_tag_changed_by_a_hand(
+    promotable: Copy, trained: Trained
+) -> None:
+    settings = promotable()
+    serving = LocalServing(settings)
+    serving.set_served_tag(old=trained.first_tag, new="churn:v1-cccccccc", fence=1, soak=timedelta(0))
+    Registry(settings).set_alias(PRODUCTION, 2)
+    assert promote(settings).result == "promoted"
+    assert state(settings)[:2] == (2, trained.second_tag)
+
+
+def test_pods_that_came_after_the_rollout_are_not_asked_before_they_are_ready(
+    promotable: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An autoscaler's, or one that is moved just now: no reason to undo what serves."""
+    here, coming = Pod("a", "http://127.0.0.1:9", TAG_1, True, ""), Pod("b", "", TAG_1, False, "ContainerCreating")
+    promoter = Promoter(promotable())
+    monkeypatch.setattr("jobs.promote.ask", lambda url: {"bento_tag": TAG_1})
+    golden = {"bento_tag": TAG_1, "churn_probability": 0.5}
+    monkeypatch.setattr("jobs.promote.ask_golden", lambda *_: (golden, 0.5))
+    monkeypatch.setattr(LocalServing, "url", "http://127.0.0.1:9")
+    for pods in ((here, coming), (coming, here)):
+        found = Rollout(TAG_1, pods, running=True, settled=False, failure=None)
+        monkeypatch.setattr(promoter.serving, "rollout", lambda found=found: found)
+        promoter._ask_all(TAG_1)
+    monkeypatch.setattr(promoter.serving, "rollout", lambda: Rollout(TAG_1, (coming,), True, False, None))
+    with pytest.raises(_WorldFault, match="no pod is ready any more"):
+        promoter._ask_all(TAG_1)
+
+
+def test_what_is_done_is_done_though_nobody_can_be_told(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = promotable()
+    monkeypatch.setattr(LocalServing, "tell", raising(ConnectionError("the API server is away")))
+    assert promote(settings).result == "promoted"
+    assert state(settings)[:2] == (2, trained.second_tag)
 
 
 def test_the_production_version_is_deleted_and_serves_on(promotable: Copy, trained: Trained) -> None:
@@ -431,14 +543,8 @@ def test_whatever_a_step_raises_nothing_stays_half_done(
     promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """A fault nobody thought of: undone, tried again later, and a rollback works meanwhile."""
-    from jobs.promote import Promoter
-
     settings = promotable()
-
-    def fault(*_: object) -> None:
-        raise KeyError("something")
-
-    monkeypatch.setattr(Promoter, step, fault)
+    monkeypatch.setattr(Promoter, step, raising(KeyError("something")))
     with pytest.raises(PromotionFailed, match="interrupted"):
         promote(settings)
     monkeypatch.undo()
@@ -496,8 +602,6 @@ def test_two_who_roll_back_at_once_want_the_same(promotable: Copy, trained: Trai
 
 def test_a_rebuilt_bento_is_taken_back_by_its_tag(promotable: Copy, trained: Trained) -> None:
     """The version's number means the newest of its bentos."""
-    from jobs.database import bentos
-
     settings = promotable(promotion_mode="off")
     engine = connect(settings.database)
     with engine.begin() as connection:
@@ -556,11 +660,32 @@ def test_a_database_older_than_what_serves_is_refused_until_adopted(promotable: 
         backup.backup(now)
     with pytest.raises(PromotionFailed, match=r"knows promotions up to 1, but churn:v2-.* was written by promotion 2"):
         promote(settings)
+    with connect(settings.database).begin() as connection:  # one built since is in no backup
+        connection.execute(bentos.delete().where(bentos.c.tag == trained.second_tag))
+    History(connect(settings.database)).set_pin(Pin(1, trained.first_tag, "of old", "ada", NOW))
     assert adopt(settings, by="ada") == trained.second_tag
+    assert is_whole(connect(settings.database), trained.second_tag)
     assert promote(settings).result == "idle"
     assert state(settings)[:2] == (2, trained.second_tag)
     with pytest.raises(NothingToDo, match="nothing to adopt"):
         adopt(settings, by="ada")
+
+
+def test_what_is_adopted_is_not_taken_for_another_run_that_got_its_number(
+    promotable: Copy, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry was restored, too, and has given the number anew: that model was never judged as what serves."""
+    settings = promotable()
+    LocalServing(settings).set_served_tag(old=trained.first_tag, new="churn:v2-cccccccc", fence=7, soak=timedelta(0))
+    with pytest.raises(PromotionFailed, match="was written by promotion 7"):
+        promote(settings)
+    monkeypatch.setattr("jobs.pin._run_of", lambda *_: "another-run")
+    assert adopt(settings, by="ada") == "churn:v2-cccccccc"
+    assert "`churn approve N` replaces it" in promote(settings).reason
+    assert PRODUCTION not in Registry(settings).aliases()
+    approve(settings, 2, by="ada", reason="")
+    assert promote(settings).result == "promoted"
+    assert state(settings)[:2] == (2, trained.second_tag)
 
 
 def test_approve_leaves_the_candidate_alone_if_there_is_nothing_to_approve(promotable: Copy) -> None:
@@ -580,8 +705,6 @@ def test_approve_refuses_what_the_gate_refused(promotable: Copy) -> None:
 
 
 def test_old_archives_are_deleted_but_not_those_in_use(promotable: Copy, trained: Trained) -> None:
-    from jobs.database import bentos
-
     settings = promotable(bentos_kept=2)
     engine = connect(settings.database)
     with engine.begin() as connection:
