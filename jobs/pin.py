@@ -6,11 +6,10 @@ It works from the stored archives, also while the model registry is down.
 
 from __future__ import annotations
 
-import json
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from http.client import HTTPException
 
 import sqlalchemy as sa
 
@@ -20,9 +19,9 @@ from jobs.failpoints import failpoint
 from jobs.history import GOOD, History, Pin
 from jobs.lease import lease
 from jobs.package import bento_of, ensure_bento, expected_tag, note_lost, version_of
-from jobs.promote import Promoter, PromoteResult, PromotionFailed
+from jobs.promote import Promoter, PromoteResult, PromotionFailed, _ModelFault, _WorldFault, ask
 from jobs.registry import CANDIDATE, PRODUCTION, SPENT_TAGS, Registry, RegistryError
-from jobs.serving import DIRECT, Serving, serving_of
+from jobs.serving import Serving, serving_of
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -199,13 +198,10 @@ def _run_of(serving: Serving, tag: str) -> str | None:
     for pod in serving.rollout().pods:
         if not (pod.ready and pod.address and pod.bento_tag == tag):
             continue
-        try:
-            with DIRECT.open(f"{pod.address}/info", timeout=2) as answer:
-                told = json.load(answer)
-        except (OSError, ValueError, HTTPException):
-            continue
-        if told.get("bento_tag") == tag and told.get("run_id"):
-            return str(told["run_id"])
+        with suppress(_WorldFault, _ModelFault):  # the next one may answer
+            told = ask(f"{pod.address}/info")
+            if told.get("bento_tag") == tag and told.get("run_id"):
+                return str(told["run_id"])
     return None
 
 

@@ -246,9 +246,8 @@ class Promoter:
                 registered = version_of(self.engine, self.registry, pin.version, pin.bento_tag) is not None
             else:
                 registered = champion is not None
-            if production is not None and not registered:
-                found = self.registry.version(production)
-                alias_recorded = found is None or record_of(self.engine, found.run_id) is not None
+                stranger = None if registered or production is None else self.registry.version(production)
+                alias_recorded = stranger is None or record_of(self.engine, stranger.run_id) is not None
         except RegistryError:
             if pin is None:
                 raise

@@ -20,7 +20,7 @@ from jobs.database import bentos, connect
 from jobs.history import History, Pin, Promotion
 from jobs.lease import lease
 from jobs.package import bento_of, is_whole
-from jobs.pin import NothingToDo, adopt, approve, pin, rollback, unpin
+from jobs.pin import NothingToDo, _run_of, adopt, approve, pin, rollback, unpin
 from jobs.promote import Idle, Promoter, PromotionFailed, Want, World, _ModelFault, _WorldFault, decide, promote
 from jobs.registry import CANDIDATE, PREVIOUS, PRODUCTION, ModelVersion, Registry, RegistryError
 from jobs.serving import LocalServing, Pod, Rollout
@@ -669,6 +669,20 @@ def test_a_database_older_than_what_serves_is_refused_until_adopted(promotable: 
     assert state(settings)[:2] == (2, trained.second_tag)
     with pytest.raises(NothingToDo, match="nothing to adopt"):
         adopt(settings, by="ada")
+
+
+def test_the_run_of_what_serves_is_asked_of_the_pods_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pods = tuple(Pod(name, f"http://{name}", TAG_1, name != "starting", "") for name in ("starting", "away", "here"))
+
+    def ask(url: str) -> dict[str, str]:
+        if url != "http://here/info":
+            raise _WorldFault(f"{url} did not answer")
+        return {"bento_tag": TAG_1, "run_id": "run1"}
+
+    monkeypatch.setattr("jobs.pin.ask", ask)
+    monkeypatch.setattr(LocalServing, "rollout", lambda _: Rollout(TAG_1, pods, True, False, None))
+    serving = LocalServing.__new__(LocalServing)
+    assert (_run_of(serving, TAG_1), _run_of(serving, TAG_2)) == ("run1", None)
 
 
 def test_what_is_adopted_is_not_taken_for_another_run_that_got_its_number(
